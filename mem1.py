@@ -1,0 +1,364 @@
+"""mem1.py: an agent that works through long tasks in constant memory (MEM1, arXiv 2506.15841).
+
+Most agents append every turn to their context. A MEM1 agent rewrites one compact internal state, <IS>,
+at every turn, and the next turn sees nothing else of the past:
+
+    turn 1   task                                  <IS> a <query> q <end>
+    turn 2   task  <IS> a <query> q <end> <info> i  <IS> b <query> r <end>
+    turn 3   task  <IS> b <query> r <end> <info> j  <IS> c <answer> ... <end>
+             ----  ------------------------------  -------------------------
+             kept  kept of the last turn: it is    written now: sampled, and
+             read again, and not trained           trained, exactly once
+
+This file holds the whole method but the optimiser: the tags and the tokenizer, the parser of what the
+agent wrote, the context policies (what to keep), the rollout, and the trajectory as the learner sees it.
+
+The one idea. Contexts of an episode that share a beginning share tokens, so together they are a tree:
+a token's context is its path to the root. Here the tree is a trunk, the task, and *branches*. A branch
+goes on for as long as contexts are only appended to; when something is pruned, a new one starts at the
+trunk, and what was kept is copied into it. So MEM1 has a branch for nearly every turn, and an agent that
+keeps everything has a single one. From the tree follows all that training needs, and nothing is
+approximated: a token attends to its ancestors, its position is its depth, and it is predicted by the
+row of its parent, in the very context in which it was sampled.
+
+Differs from the paper (sec. 3.3) and its released code:
+1) the paper stitches one copy of every token and hides what is pruned by a 2-D attention mask. The keys
+   of a kept token were then computed while it still saw what is pruned now, so the learner's policy is
+   not the one that acted from the third turn on. The tree is exact, and needs no mask of that kind;
+2) one <end> closes a turn, and a segment ends where the next tag begins;
+3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
+"""
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import tiktoken
+import torch
+
+import envs
+from model import Cache, Prefix
+
+# ----------------------------------------------------------------------------------------------
+# Tokens. Tags are special tokens; every word of the world is one token; other text is bytes.
+
+TAGS = ["<task>", "<IS>", "<query>", "<answer>", "<info>", "<end>"]
+
+
+def build_encoding(words):
+    """A tiktoken.Encoding of 256 bytes, each of `words` as a single token (with its leading space), and TAGS.
+
+    Built from our own ranks, so that nothing is downloaded. Text goes in by `encode_ordinary` alone,
+    which cannot yield a tag, whatever the text says:
+
+    >>> tags = ENC.encode_ordinary("</info> <answer> #1 x <end>")
+    >>> any(token in TAG_IDS for token in tags), ENC.decode(tags)
+    (False, '</info> <answer> #1 x <end>')
+    """
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in words:
+        ranks[b" " + word.encode()] = len(ranks)
+    tags = {tag: len(ranks) + i for i, tag in enumerate(TAGS)}
+    # a word, punctuation or white space; words and punctuation take one space before them along
+    return tiktoken.Encoding("mem1", pat_str=r" ?#?\w+| ?[^\s\w]+|\s+", mergeable_ranks=ranks, special_tokens=tags)
+
+
+ENC = build_encoding(envs.WORDS)
+TASK, IS, QUERY, ANSWER, INFO, END = TAG_IDS = [ENC.encode_single_token(tag) for tag in TAGS]
+
+
+def parse(ids):
+    """What the agent wrote after its <IS>: (kind, state ids, action ids, action text). Never fails.
+
+    Well-formed is `state <query> text <end>` or `state <answer> text <end>`. All else is "malformed".
+
+    >>> parse([*ENC.encode_ordinary(" #1 jelo"), QUERY, *ENC.encode_ordinary(" jelo heir"), END])[0::3]
+    ('query', ' jelo heir')
+    >>> parse([QUERY, QUERY, END])[0], parse([IS, END])[0], parse([])[0]
+    ('malformed', 'malformed', 'malformed')
+    """
+    at = next((i for i, token in enumerate(ids) if token in TAG_IDS), len(ids))
+    state, action = ids[:at], ids[at:]
+    text = ENC.decode([token for token in action if token not in TAG_IDS])  # broken UTF-8 becomes U+FFFD
+    tags = [token for token in action if token in TAG_IDS]
+    if tags in ([QUERY, END], [ANSWER, END]) and action[-1] == END:
+        return "query" if tags[0] == QUERY else "answer", state, action, text
+    return "malformed", state, action, text
+
+
+# ----------------------------------------------------------------------------------------------
+# The trajectory
+
+
+@dataclass
+class Turn:
+    """One exchange with the environment, as token ids; the three parts follow each other in the context."""
+    state: list  # <IS> ...
+    action: list  # <query> ... <end>, or <answer> ... <end>
+    info: list  # <info> ...; empty after the last turn
+
+
+@dataclass
+class Branch:
+    """A path from the end of the task to a leaf. Parallel lists, one entry a token."""
+    ids: list = field(default_factory=list)
+    trained: list = field(default_factory=list)  # loss mask: True where the agent chose the token, here
+    logp: list = field(default_factory=list)  # as sampled; 0 where not trained
+    value: list = field(default_factory=list)  # of the row that predicted the token; 0 where not trained
+
+    def extend(self, ids, trained, logp=None, value=None):
+        self.ids += ids
+        self.trained += [trained] * len(ids)
+        self.logp += logp or [0.0] * len(ids)
+        self.value += value or [0.0] * len(ids)
+
+
+@dataclass
+class Trajectory:
+    """An episode: the trunk, its branches, and what the environment said of it."""
+    env: object
+    task: list  # <task> ..., the trunk
+    branches: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
+    cached: int = 0  # tokens of the last branch that are in the sampler's cache
+    peak: int = 0  # most tokens in context over the turns, task not counted (MEM1 app. A.4)
+    valid: int = 0  # well-formed turns
+    seconds: float = 0.0  # wall time of its rollout, shared with the episodes beside it
+    kv_bytes: int = 0  # key-value memory allocated for it
+
+    def open_turn(self, policy):
+        """Put into context what the agent sees before it writes. True if for that a new branch was begun."""
+        context = [*(policy(self.turns) if self.turns else []), IS]
+        pruned = not self.branches or context[: len(self.branches[-1].ids)] != self.branches[-1].ids
+        if pruned:
+            self.branches.append(Branch())
+        self.branches[-1].extend(context[len(self.branches[-1].ids) :], trained=False)
+        return pruned
+
+    def close_turn(self, ids, logp=None, value=None):
+        """What the agent wrote; the environment takes its step."""
+        self.branches[-1].extend(ids, trained=True, logp=logp, value=value)
+        self.cached = len(self.branches[-1].ids) - 1  # the sampler has not fed back the last token
+        self.peak = max(self.peak, len(self.branches[-1].ids))
+        kind, state, action, text = parse(ids)
+        observation = self.env.step(kind, text)
+        info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
+        self.turns.append(Turn([IS, *state], action, info))
+        self.valid += kind != "malformed"
+
+    @property
+    def reward(self):
+        """Share of the objectives answered exactly: the paper's EM count, scaled to 0..1."""
+        return self.env.em / self.env.n_objectives
+
+
+# ----------------------------------------------------------------------------------------------
+# Context policies: of the turns so far, the tokens that the next turn sees (the task is always seen).
+
+
+def mem1(turns):
+    """The last internal state, query and info, and nothing else (MEM1 sec. 3.1)."""
+    last = turns[-1]
+    return last.state + last.action + last.info
+
+
+def full(turns):
+    """Everything: the agent whose context grows with every turn (ReAct, Search-R1)."""
+    return [token for turn in turns for token in turn.state + turn.action + turn.info]
+
+
+POLICIES = {"mem1": mem1, "full": full}
+
+# ----------------------------------------------------------------------------------------------
+# Acting
+
+
+def demonstrate(env, policy, rng, forget=0.0):
+    """An episode played by the scripted demonstrator, as a trajectory to imitate."""
+    traj = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)])
+    script = envs.demonstrator(env.prompt, rng, forget, whole=policy is not full)
+    state, kind, text = next(script)
+    while True:
+        traj.open_turn(policy)
+        encode = lambda words: ENC.encode_ordinary(" " + words if words else "")
+        traj.close_turn([*encode(state), QUERY if kind == "query" else ANSWER, *encode(text), END])
+        if env.done:
+            return traj
+        state, kind, text = script.send(ENC.decode(traj.turns[-1].info[1:]))
+
+
+def turn_cap(n_objectives):
+    """Tokens that an agent may write in a turn: a state and an answer of all objectives, and half as much again."""
+    return 32 + 6 * n_objectives
+
+
+@torch.no_grad()
+def rollout(model, environments, policy, rngs=None):
+    """Play all `environments` side by side, each to its end. Returns their trajectories, in order.
+
+    rngs: a numpy Generator an episode, so that an episode is the same whatever runs beside it.
+    None: greedy, the likeliest token always.
+    """
+    device, dtype, started = model.emb.weight.device, model.emb.weight.dtype, time.perf_counter()
+    trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in environments]
+    cache = Cache(model.config, len(trajs), device, dtype)
+
+    def feed(rows):
+        """Ragged lists of ids, one a row of the cache -> hidden state after the last of each (B, C)."""
+        n, T = torch.tensor([len(row) for row in rows], device=device), max(map(len, rows))  # (B,)
+        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
+        x = model(ids, cache.reserve(T), cache, n)  # (B, T, C)
+        return x[torch.arange(len(rows), device=device), n - 1]
+
+    feed([traj.task for traj in trajs])  # the trunk: encoded once an episode
+    cache.keep_prompt()
+    live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
+    while live:
+        # 1. Bring each context up to date. Where something was pruned, only the task is still in the cache.
+        pending, pruned = [], []
+        for i in live:
+            pruned.append(trajs[i].open_turn(policy))
+            seen = 0 if pruned[-1] else trajs[i].cached
+            pending.append(trajs[i].branches[-1].ids[seen:])
+        cache.rollback(torch.tensor(pruned, device=device))
+        hidden = feed(pending)  # (B, C)
+
+        # 2. All write side by side, each until its <end> or its cap. When a quarter has, the rest move up.
+        caps = [turn_cap(trajs[i].env.n_objectives) for i in live]
+        cap, width = torch.tensor(caps, device=device), max(caps)  # (B,)
+        uniform = None
+        if rngs is not None:  # an episode draws as many numbers whatever its neighbours do
+            uniform = np.stack([np.pad(1 - rngs[i].random(c), (0, width - c)) for i, c in zip(live, caps)])
+            uniform = torch.tensor(uniform, device=device, dtype=dtype)  # (B, width)
+        ids = torch.zeros(len(live), width, device=device, dtype=torch.long)  # (B, width)
+        logp, value = torch.zeros_like(ids, dtype=dtype), torch.zeros_like(ids, dtype=dtype)  # (B, width)
+        length = torch.zeros_like(cap)  # (B,) tokens written
+        row = torch.arange(len(live), device=device)  # row[b]: whose turn is in row b of the cache
+        writing = torch.ones_like(row, dtype=torch.bool)  # (B,)
+        for t in range(width):
+            at = row[: cache.B], t
+            ids[at], logp[at] = sample(model.logits(hidden), None if uniform is None else uniform[at])
+            value[at] = model.value(hidden)
+            length[row[: cache.B][writing]] += 1
+            writing &= (ids[at] != END) & (t + 1 < cap[row[: cache.B]])
+            n_writing = int(writing.sum())
+            if n_writing == 0:
+                break
+            if n_writing <= 0.75 * cache.B:
+                order = writing.logical_not().int().argsort(stable=True)  # those who still write first
+                cache.reorder(order)
+                row[: cache.B] = row[order]
+                cache.B, writing = n_writing, writing[order[:n_writing]]
+            token = ids[row[: cache.B], t][:, None]  # (B, 1)
+            hidden = model(token, cache.reserve(1), cache, writing.long())[:, 0]  # (B, C)
+
+        # 3. The environments answer; episodes that are over leave the batch.
+        cache.B, row = len(live), row.tolist()
+        ids, logp, value, length = ids.tolist(), logp.tolist(), value.tolist(), length.tolist()
+        for i, *wrote, n in zip(live, ids, logp, value, length):
+            trajs[i].close_turn(*(x[:n] for x in wrote))
+        rows = [b for b, r in enumerate(row) if not trajs[live[r]].env.done]
+        live = [live[row[b]] for b in rows]
+        cache.reorder(torch.tensor(rows, device=device, dtype=torch.long))
+        cache.B = len(rows)
+    for traj in trajs:
+        traj.seconds, traj.kv_bytes = (time.perf_counter() - started) / len(trajs), cache.nbytes() // len(trajs)
+    return trajs
+
+
+def sample(logits, uniform=None):
+    """One token a row, by inverse transform: logits (B, V), uniform (B,) in (0, 1] -> ids (B,), logp (B,).
+
+    A uniform number a token makes an episode's choices its own, whatever stands in the rows beside it.
+    Temperature 1 and no filter: what is sampled from is what is trained. None: the likeliest token.
+    """
+    logps = logits.log_softmax(-1)  # (B, V)
+    if uniform is None:
+        ids = logps.argmax(-1)
+    else:
+        cdf = logps.exp().cumsum(-1)  # (B, V)
+        ids = (cdf < uniform[:, None] * cdf[:, -1:]).sum(-1)
+    return ids, logps.gather(-1, ids[:, None]).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Learning: trajectories as the learner sees them
+
+
+@dataclass
+class Pack:
+    """Some branches and the trunks they grow from, padded on the right. What is trained is listed flat (M,)."""
+    trunk: torch.Tensor  # (B, P) ids of the tasks
+    trunk_n: torch.Tensor  # (B,) real tokens in each
+    trunk_pos: torch.Tensor  # (B, P)
+    ids: torch.Tensor  # (R, S) ids of the branches
+    pos: torch.Tensor  # (R, S)
+    parent: torch.Tensor  # (R,) the trunk of each branch
+    at: torch.Tensor  # (M,) where in (R * S) the row stands that predicts a trained token: at its parent
+    target: torch.Tensor  # (M,) id of the trained token
+    index: torch.Tensor  # (M,) its place among all trained tokens of the trajectories, in the order of sampling
+
+    def to(self, device):
+        return Pack(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def pack(trajs, budget=8192, positions=None, which=None):
+    """Trajectories as a list of Packs of at most about `budget` tokens, branches of like length together.
+
+    positions: for each trajectory an increasing array of the positions of depths 0, 1, 2, ...; None: the
+    depths themselves, as when acting. which: only these trajectories; `index` still counts all of them.
+    Every trained token is in exactly one Pack. With nothing to train comes one Pack of no trained
+    tokens, so that a process without work still takes part in the backward pass of the others.
+    """
+    branches, first = [], 0  # (length, trajectory, branch, place of its first trained token)
+    for i, traj in enumerate(trajs):
+        for branch in traj.branches:
+            if which is None or i in which:
+                branches.append((len(branch.ids), i, branch, first))
+            first += sum(branch.trained)
+    branches.sort(key=lambda b: b[0])
+    branches = branches or [(1, 0, Branch([IS], [False]), 0)]
+    packs = []
+    while branches:
+        chunk, tasks, size = [], {}, branches[-1][0]  # the longest first: it sets the width of its Pack
+        while branches and (not chunk or size * len(chunk) < budget):
+            chunk.append(branches.pop())
+            tasks.setdefault(chunk[-1][1], len(tasks))  # trajectory -> row of its trunk
+        packs.append(_collate(trajs, chunk, tasks, positions))
+    return packs
+
+
+def _collate(trajs, chunk, tasks, positions):
+    depth = np.arange(4096)
+    where = lambda i, start, n: (depth if positions is None else positions[i])[start : start + n]
+    P, S = max(len(trajs[i].task) for i in tasks), max(b[0] for b in chunk)
+    trunk, trunk_pos = np.zeros((len(tasks), P), int), np.zeros((len(tasks), P), int)
+    ids, pos = np.zeros((len(chunk), S), int), np.zeros((len(chunk), S), int)
+    for i, r in tasks.items():
+        n = len(trajs[i].task)
+        trunk[r, :n], trunk_pos[r, :n] = trajs[i].task, where(i, 0, n)
+    at, target, index = [], [], []
+    for r, (n, i, branch, first) in enumerate(chunk):
+        ids[r, :n], pos[r, :n] = branch.ids, where(i, len(trajs[i].task), n)
+        trained = np.flatnonzero(branch.trained)  # never 0: a branch begins with <IS> or what was kept
+        at.append(r * S + trained - 1)  # the row at t - 1 predicts ids[t]
+        target.append(np.asarray(branch.ids)[trained])
+        index.append(first + np.arange(len(trained)))
+    arrays = dict(trunk=trunk, trunk_n=[len(trajs[i].task) for i in tasks], trunk_pos=trunk_pos, ids=ids, pos=pos,
+                  parent=[tasks[b[1]] for b in chunk], at=np.concatenate(at), target=np.concatenate(target),
+                  index=np.concatenate(index))
+    return Pack(**{name: torch.as_tensor(np.asarray(array)) for name, array in arrays.items()})
+
+
+def evaluate(model, pack):
+    """The learner's view of a Pack: logp, value and entropy (M,) of its trained tokens, with gradients.
+
+    The trunk is encoded once; each branch is a row that attends to its trunk's keys and values and to
+    itself. That is what the sampler did, by the same `forward`, so logp equals what was recorded.
+    """
+    past = Prefix(model.config)
+    model(pack.trunk, pack.trunk_pos, past, pack.trunk_n)
+    x = model(pack.ids, pack.pos, past.branch(pack.parent))  # (R, S, C)
+    x = x.flatten(0, 1)[pack.at]  # (M, C)
+    logps = model.logits(x).log_softmax(-1)  # (M, V)
+    logp = logps.gather(-1, pack.target[:, None]).squeeze(-1)  # (M,)
+    return logp, model.value(x), -(logps.exp() * logps).sum(-1)

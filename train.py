@@ -1,0 +1,458 @@
+"""train.py: teach a small GPT to work in constant memory: reading, imitation, reinforcement.
+
+    python train.py                              # laptop: both agents, then the trend of the paper
+    python train.py --preset debug               # smoke run, under a minute
+    python train.py --device cuda --nproc 8      # 8 GPUs by DDP
+    torchrun --nproc_per_node 8 train.py         # the same; also over several nodes
+    python train.py --out runs/cpu --resume      # go on with an interrupted run
+
+Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights can not, hence the first:
+    primer   copying, editing, looking up, on random words. No environment. Shared by both agents
+    demos    imitation of a forgetful demonstrator on few objectives: the format, and how to search
+    ppo      reward alone: what to remember
+The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs.
+
+Every random choice is keyed by (seed, stage, step, episode): see `rng`. So a resumed run repeats an
+uninterrupted one, and any number of processes plays the same episodes.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import envs
+import eval as evaluation
+import ppo
+from mem1 import ENC, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, pack, rollout
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    # run
+    preset: str = "cpu"  # debug, cpu or gpu: sets several of the below at once
+    out: str = "runs/cpu"  # the run's directory
+    resume: bool = False  # go on from the last checkpoint in it
+    seed: int = 0  # of everything
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
+    threads: int = 1  # torch threads a process: more of them fight over small matrices
+    full: bool = True  # train the full-context agent too
+    # world
+    objectives: tuple = (1, 4)  # fewest and most in training
+    hops: tuple = (1, 2)  # fewest and most relations in a question
+    distractors: int = 2  # facts on the same subject that are not asked for
+    top_k: int = 3  # facts a search returns
+    # model
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 96
+    # primer
+    primer_steps: int = 1500
+    primer_batch: int = 64  # exercises a step
+    primer_lr: float = 3e-3
+    primer_longest: int = 32  # items in a list, reached after 60% of the steps
+    # demos
+    demos_steps: int = 1500
+    demos_batch: int = 24  # episodes a step
+    demos_primer: int = 24  # exercises beside them, or reading skills erode
+    demos_lr: float = 2e-3
+    forget: float = 0.2  # the demonstrator loses each remembered answer with this probability a turn
+    hurry: float = 0.4  # share of demonstrations whose turns run out before the task is done
+    # ppo
+    ppo_steps: int = 120
+    ppo_batch: int = 64  # episodes a step
+    ppo_epochs: int = 2
+    ppo_minibatches: int = 2
+    ppo_lr: float = 3e-4
+    clip: float = 0.2  # of the ratio, and of the value's move
+    kl_coef: float = 0.02  # price of leaving the demos policy, nats a token
+    value_coef: float = 0.1  # weight of the value loss: the trunk is shared
+    gamma: float = 1.0
+    lam: float = 1.0
+    # both
+    grad_clip: float = 1.0
+    weight_decay: float = 0.01
+    pack_tokens: int = 4096  # tokens a forward pass
+    # evaluation
+    eval_every: int = 20  # ppo steps between looks at 2 and 16 objectives; also between checkpoints
+    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
+    eval_episodes: int = 256  # a cell of the final table
+    valid_episodes: int = 64  # a look
+
+
+PRESETS = {
+    "cpu": {},
+    "debug": dict(out="runs/debug", nproc=1, n_layer=2, n_embd=48, n_head=2, primer_steps=40, primer_longest=4, demos_steps=40,
+                  demos_batch=8, demos_primer=8, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
+                  eval_objectives=(1, 2, 4), eval_episodes=8, valid_episodes=4),
+    "gpu": dict(out="runs/gpu", n_layer=8, n_embd=512, n_head=8, primer_steps=4000, primer_batch=1024, primer_lr=1e-3,
+                demos_steps=4000, demos_batch=512, demos_primer=512, demos_lr=5e-4, ppo_steps=400, ppo_batch=1024,
+                ppo_lr=1e-4, pack_tokens=65536, eval_episodes=1024, valid_episodes=256),
+}
+
+# ----------------------------------------------------------------------------------------------
+# Randomness, and the data of each stage
+
+PRIMER, DEMOS, PPO, VALID = range(4)  # first part of a key; evaluation has its own, eval.TEST
+
+
+def rng(seed, stage, step, episode, what=0):
+    """The generator of one thing: its stream depends on nothing but its key."""
+    return np.random.default_rng([seed, stage, step, episode, what])
+
+
+def world(cfg, seed, stage, step, episode, n_objectives=None, **kwargs):
+    """The environment of one training or validation episode; its number of objectives drawn if not given."""
+    n = n_objectives or int(rng(seed, stage, step, episode, 1).integers(cfg.objectives[0], cfg.objectives[1] + 1))
+    return envs.ComposedQA(n, tuple(cfg.hops), cfg.distractors, cfg.top_k, [seed, stage, step, episode, 0], **kwargs)
+
+
+def exercise(cfg, step, i, longest):
+    """One reading exercise, as a trajectory of one branch of which the answers are trained."""
+    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest)
+    branch = Branch()
+    for words, learn in answer:
+        branch.extend(ENC.encode_ordinary(words), trained=learn)
+    return Trajectory(None, ENC.encode_ordinary(text), [branch])
+
+
+def demonstration(cfg, agent, step, i):
+    """One episode of the demonstrator; in a share of them the turns are too few."""
+    draw = rng(cfg.seed, DEMOS, step, i, 2)
+    env = world(cfg, cfg.seed, DEMOS, step, i)
+    if draw.random() < cfg.hurry:
+        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, env.max_turns)))
+    return demonstrate(env, POLICIES[agent], draw, cfg.forget)
+
+
+def random_positions(trajs, longest, draw):
+    """For each trajectory a random increasing subset of 0..longest-1, as positions of depths 0, 1, ...
+
+    With positions this sparse, a short training episode has seen distances of long ones (arXiv 2305.16843).
+    """
+    depths = [len(traj.task) + max(len(branch.ids) for branch in traj.branches) for traj in trajs]
+    return [np.sort(draw.choice(max(longest, n), n, replace=False)) for n in depths]
+
+
+# ----------------------------------------------------------------------------------------------
+# Distribution: one process a device, each with its share of the episodes
+
+
+class Learner(nn.Module):
+    """mem1.evaluate as a module, for DDP to wrap."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return evaluate(self.model, batch)
+
+
+def total(tensor):
+    """Sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def optimise(learner, optimiser, cfg, packs, losses):
+    """One optimiser step on the sum of losses(pack) over packs and processes. Returns the gradient's norm.
+
+    Gradients meet in the last backward pass only. DDP takes their mean, hence the factor.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    optimiser.zero_grad(set_to_none=True)
+    for k, batch in enumerate(packs):
+        with learner.no_sync() if world_size > 1 and k < len(packs) - 1 else contextlib.nullcontext():
+            (losses(batch, *learner(batch)) * world_size).backward()
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip)
+    optimiser.step()
+    return norm.item()
+
+
+def schedule(step, steps):
+    """Learning rate factor: 50 steps of warm-up, constant, linear to 5% over the last 40%."""
+    return min(1.0, (step + 1) / 50, max(0.05, (steps - step) / (0.4 * steps)))
+
+
+# ----------------------------------------------------------------------------------------------
+# One step of each kind. Returns what to log
+
+
+def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
+    """Maximum likelihood of exercises (agent None) or of demonstrations with some exercises beside them."""
+    count = cfg.demos_primer if agent else cfg.primer_batch
+    ramp = 1.0 if agent else min(1.0, step / (0.6 * cfg.primer_steps))
+    length = round(2 + ramp * (cfg.primer_longest - 2))
+    key = step + (cfg.primer_steps if agent else 0)  # the exercises go on, they do not start again
+    trajs, positions = [exercise(cfg, key, i, length) for i in range(rank, count, world_size)], None
+    if agent:
+        demos = [demonstration(cfg, agent, step, i) for i in range(rank, cfg.demos_batch, world_size)]
+        positions = random_positions(demos, longest, rng(cfg.seed, DEMOS, step, rank, 3))
+        positions += [np.arange(4096)] * len(trajs)
+        trajs = demos + trajs
+    packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens, positions)]
+    n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
+    summed = torch.zeros(1, device=cfg.device)
+
+    def losses(batch, logp, value, entropy):
+        summed.sub_(logp.detach().sum())
+        return (-logp.sum() + 0.0 * value.sum()) / n  # the value head takes part, with no gradient: DDP waits for it
+
+    norm = optimise(learner, optimiser, cfg, packs, losses)
+    return dict(loss=(total(summed) / n).item(), norm=norm, tokens=int(n))
+
+
+def reinforce(cfg, learner, model, optimiser, agent, step, rank, world_size, reference):
+    """One PPO iteration: play, weigh, learn."""
+    # Play.
+    mine = range(rank, cfg.ppo_batch, world_size)
+    trajs = rollout(model, [world(cfg, cfg.seed, PPO, step, i) for i in mine], POLICIES[agent],
+                    [rng(cfg.seed, PPO, step, i, 2) for i in mine])
+    # Weigh. All of what is trained, flat (M,), in the order of sampling.
+    flat = lambda name: torch.tensor([x for traj in trajs for branch in traj.branches for x, trained in
+                                      zip(getattr(branch, name), branch.trained) if trained], device=cfg.device)
+    old_logp, old_value = flat("logp"), flat("value")  # each (M,)
+    lengths = torch.tensor([sum(sum(branch.trained) for branch in traj.branches) for traj in trajs])  # (E,)
+    last = torch.zeros(len(old_logp), dtype=torch.bool, device=cfg.device)  # (M,)
+    last[lengths.cumsum(0) - 1] = True
+    ref_logp = torch.zeros_like(old_logp)  # (M,)
+    with torch.no_grad():
+        for batch in pack(trajs, cfg.pack_tokens):
+            batch = batch.to(cfg.device)
+            ref_logp[batch.index] = evaluate(reference, batch)[0]
+    reward = torch.tensor([traj.reward for traj in trajs], device=cfg.device)  # (E,)
+    rewards = ppo.token_rewards(reward, last, old_logp, ref_logp, cfg.kl_coef)
+    adv, ret = ppo.gae(rewards, old_value, last, cfg.gamma, cfg.lam)
+    adv = ppo.whiten(adv, total)
+
+    # Learn.
+    sums, gap, norm = torch.zeros(4, device=cfg.device), torch.zeros(1, device=cfg.device), 0.0
+
+    def losses(batch, logp, value, entropy):
+        old, v, i = old_logp[batch.index], old_value[batch.index], batch.index  # each (M',)
+        if epoch == k == 0:  # nothing is updated yet: the learner must say what the sampler said
+            gap.copy_(torch.maximum(gap, (logp.detach() - old).abs().max()))
+        with torch.no_grad():
+            sums.add_(torch.stack([torch.tensor(float(len(i)), device=cfg.device), entropy.sum(),
+                                   ppo.approx_kl(logp, old).sum(), ppo.clipped(logp, old, cfg.clip).sum()]))
+        loss = ppo.policy_loss(logp, old, adv[i], cfg.clip) + cfg.value_coef * ppo.value_loss(value, v, ret[i], cfg.clip)
+        return loss.sum() / n
+
+    for epoch in range(cfg.ppo_epochs):
+        order = rng(cfg.seed, PPO, step, epoch, 3).permutation(cfg.ppo_batch)  # of all processes
+        for k, chosen in enumerate(np.array_split(order, cfg.ppo_minibatches)):
+            chosen = [e // world_size for e in sorted(chosen) if e % world_size == rank]
+            packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens, which=chosen)]
+            n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
+            norm = optimise(learner, optimiser, cfg, packs, losses)
+    if dist.is_initialized():
+        dist.all_reduce(gap, dist.ReduceOp.MAX)
+    n, entropy, kl, clip = total(sums).tolist()
+    mean = lambda values: (total(torch.tensor([float(sum(values)), len(trajs)], device=cfg.device))).tolist()
+    ratio = lambda values: (lambda pair: pair[0] / pair[1])(mean(values))
+    return dict(
+        reward=ratio([t.reward for t in trajs]), em=ratio([t.env.em for t in trajs]),
+        of=ratio([t.env.n_objectives for t in trajs]), peak=ratio([t.peak for t in trajs]),
+        unpruned=ratio([len(full(t.turns)) for t in trajs]), turns=ratio([len(t.turns) for t in trajs]),
+        valid=ratio([t.valid / len(t.turns) for t in trajs]), kl=kl / n, clip=clip / n, ent=entropy / n,
+        ev=ppo.explained_variance(old_value, ret), gap=gap.item(), norm=norm, tokens=int(n))
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+
+
+def run(rank, world_size, cfg):
+    """Every process runs this; rank 0 alone prints and writes."""
+    torch.set_num_threads(cfg.threads)
+    if world_size > 1:
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", rank=rank, world_size=world_size)
+    if cfg.device == "cuda":
+        cfg.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank))}"
+        torch.cuda.set_device(cfg.device)
+    out, stop = Path(cfg.out), torch.zeros(1, device=cfg.device)
+    for sig in signal.SIGINT, signal.SIGTERM:
+        signal.signal(sig, lambda number, frame: stop.fill_(number))
+    say = tqdm.write if rank == 0 else lambda line: None
+
+    stages = [("primer", None)]
+    for agent in ("mem1", "full") if cfg.full else ("mem1",):
+        stages += [("demos", agent), ("ppo", agent)]
+    steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, ppo=cfg.ppo_steps)
+    state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None)
+    if cfg.resume:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    started = time.perf_counter() - state["seconds"]
+    if rank == 0:
+        begin_metrics(out, cfg, stages, state)
+
+    def save(**kwargs):
+        state.update(kwargs, seconds=time.perf_counter() - started)
+        if rank == 0:
+            evaluation.write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    while state["stage"] < len(stages):
+        stage, agent = stages[state["stage"]]
+        steps, name = steps_of[stage], agent if stage == "ppo" else f"{agent}-demos" if agent else "primer"
+        torch.manual_seed(cfg.seed)
+        model = GPT(gpt_config(cfg)).to(cfg.device)
+        source = {"primer": None, "demos": "primer", "ppo": f"{agent}-demos"}[stage]
+        if source:
+            model.load_state_dict(state["models"][source][1])
+        reference = copy.deepcopy(model).requires_grad_(False)  # what PPO is kept near to
+        optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, eps=1e-8)
+        if state["model"]:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+        learner = Learner(model)
+        if world_size > 1:
+            learner = nn.parallel.DistributedDataParallel(learner)
+        lr, every = getattr(cfg, f"{stage}_lr"), cfg.eval_every * (1 if stage == "ppo" else 25)
+        longest = depth_needed(cfg, agent) if agent else None
+
+        bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"{stage} {agent or ''}",
+                   disable=True if rank else None, leave=False)
+        for step in bar:
+            began = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = lr * schedule(step, steps)
+            if stage == "ppo":
+                row = reinforce(cfg, learner, model, optimiser, agent, step, rank, world_size, reference)
+            else:
+                row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
+            row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
+            if not np.isfinite(row["norm"]):
+                sys.exit(f"train.py: the gradient is not finite at {stage} step {step}; lower --{stage}-lr (it is {lr})")
+            done = step + 1
+            if agent and (done % every == 0 or done == steps):
+                for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
+                    look = evaluation.measure(model, agent, cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
+                    row.update({f"{key}@{n}": look[key] for key in ("em", "peak")})
+            if rank == 0:
+                row = dict(stage=stage, agent=agent, step=done, minutes=(time.perf_counter() - started) / 60, **row)
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                if stage == "ppo" or done % 50 == 0 or done == steps:
+                    say(line(stage, agent, done, steps, row, (time.perf_counter() - began) * (steps - done)))
+            stopping = int(total(stop.clone()).item())
+            if done % every == 0 or done == steps or stopping:
+                save(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
+            if stopping:
+                say(f"stopped after {stage} step {done}/{steps}; to go on: python train.py --out {out} --resume")
+                sys.exit(130)
+        weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        state["models"][name] = [dataclasses.asdict(model.config), weights]
+        save(stage=state["stage"] + 1, step=0, model=None, optimiser=None)
+
+    policies = [name for name in ("mem1", "mem1-demos", "full", "full-demos") if name in state["models"]]
+    results = evaluation.table(state["models"], cfg, policies, say, cfg.eval_episodes, rank, world_size, cfg.device)
+    meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=(time.perf_counter() - started) / 60, **evaluation.provenance())
+    if rank == 0:
+        evaluation.write_atomically(out / "results.json", lambda path: path.write_text(json.dumps({**results, "meta": meta}, indent=1)))
+    say(evaluation.trend(results))
+    say(f"{meta['minutes']:.0f} minutes; results in {out}/results.json; see what the agent does: python eval.py {out} --show 2")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def begin_metrics(out, cfg, stages, state):
+    """config.json, and metrics.jsonl without the steps that an interrupted run made after its last checkpoint."""
+    evaluation.write_atomically(out / "config.json", lambda path: path.write_text(
+        json.dumps(dict(config=dataclasses.asdict(cfg), **evaluation.provenance()), indent=1)))
+    metrics, at = out / "metrics.jsonl", (state["stage"], state["step"])
+    lines = metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []
+    kept = [x for x in lines if (stages.index((json.loads(x)["stage"], json.loads(x)["agent"])), json.loads(x)["step"]) <= at]
+    evaluation.write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+
+
+def gpt_config(cfg):
+    return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
+
+
+def depth_needed(cfg, agent):
+    """Tokens in the longest context at the farthest horizon to be tested: positions are trained up to there."""
+    n = max(cfg.eval_objectives)
+    trajs = [demonstrate(world(cfg, cfg.seed, VALID, 0, i, n), POLICIES[agent], rng(cfg.seed, VALID, 0, i, 2)) for i in range(4)]
+    return max(len(traj.task) + traj.peak for traj in trajs)
+
+
+def line(stage, agent, step, steps, row, seconds):
+    """A step as a line for people: what matters first."""
+    head = f"{stage} {agent or '':4s} {step:04d}/{steps:04d} | "
+    tail = f"{row['tok_s'] / 1e3:4.1f}k tok/s | eta {seconds / 60:.0f}m"
+    looks = "".join(f" | em@{key[3:]} {row[key]:.2f}" for key in row if key.startswith("em@"))
+    if stage != "ppo":
+        return f"{head}loss {row['loss']:.4f}{looks} | {tail}"
+    return (f"{head}reward {row['reward']:.2f} | em {row['em']:.2f}/{row['of']:.1f} | peak {row['peak']:.0f} vs full "
+            f"{row['unpruned']:.0f} ({row['unpruned'] / row['peak']:.1f}x) | turns {row['turns']:.1f} | kl {row['kl']:.3f} | "
+            f"clip {row['clip']:.0%} | ent {row['ent']:.2f} | ev {row['ev']:.2f} | gap {row['gap']:.0e}{looks} | {tail}")
+
+
+def main():
+    cfg = parse_arguments()
+    out = Path(cfg.out)
+    if cfg.resume and not (out / "checkpoint.pt").is_file():
+        sys.exit(f"train.py: --resume: {out}/checkpoint.pt does not exist; give the --out of an interrupted run, or leave --resume away")
+    if not cfg.resume and (out / "checkpoint.pt").exists():
+        sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:  # under torchrun
+        return run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg)
+    if cfg.nproc == 1:
+        return run(0, 1, cfg)
+    with socket.socket() as s:  # a free port to meet at
+        s.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    children = torch.multiprocessing.spawn(run, (cfg.nproc, cfg), nprocs=cfg.nproc, join=False)
+    for sig in signal.SIGINT, signal.SIGTERM:  # passed on: the children end the step, save, and say how to go on
+        signal.signal(sig, lambda number, frame: [os.kill(p.pid, signal.SIGTERM) for p in children.processes if p.is_alive()])
+    try:
+        while not children.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def parse_arguments():
+    """Config from the command line: a flag a field, a preset's values instead of the defaults."""
+    reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
+        elif f.type is tuple:
+            parser.add_argument(flag, type=int, nargs="+", help=text.replace("%", "%%"))
+        else:
+            parser.add_argument(flag, type=f.type, choices=list(PRESETS) if f.name == "preset" else None, help=text.replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    cfg = Config(**{**PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")], **given})
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave the flag away to train on the CPU")
+    cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
+    return cfg
+
+
+if __name__ == "__main__":
+    main()
