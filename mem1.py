@@ -309,42 +309,45 @@ def pack(trajs, budget=8192, positions=None, which=None):
     Every trained token is in exactly one Pack. With nothing to train comes one Pack of no trained
     tokens, so that a process without work still takes part in the backward pass of the others.
     """
-    branches, first = [], 0  # (length, trajectory, branch, place of its first trained token)
+    branches, first = [], 0  # (trajectory, branch, place of its first trained token)
     for i, traj in enumerate(trajs):
         for branch in traj.branches:
             if which is None or i in which:
-                branches.append((len(branch.ids), i, branch, first))
+                branches.append((i, branch, first))
             first += sum(branch.trained)
-    branches.sort(key=lambda b: b[0])
-    branches = branches or [(1, 0, Branch([IS], [False]), 0)]
+    branches = branches or [(0, Branch([IS], [False]), 0)]
+    depth = lambda b: len(trajs[b[0]].task) + len(b[1].ids)
+    branches.sort(key=depth)
     packs = []
     while branches:
-        chunk, tasks, size = [], {}, branches[-1][0]  # the longest first: it sets the width of its Pack
+        chunk, tasks, size = [], {}, depth(branches[-1])  # the longest first: it sets the width of its Pack
         while branches and (not chunk or size * len(chunk) < budget):
             chunk.append(branches.pop())
-            tasks.setdefault(chunk[-1][1], len(tasks))  # trajectory -> row of its trunk
+            tasks.setdefault(chunk[-1][0], len(tasks))  # trajectory -> row of its trunk
         packs.append(_collate(trajs, chunk, tasks, positions))
     return packs
 
 
 def _collate(trajs, chunk, tasks, positions):
-    depth = np.arange(4096)
-    where = lambda i, start, n: (depth if positions is None else positions[i])[start : start + n]
-    P, S = max(len(trajs[i].task) for i in tasks), max(b[0] for b in chunk)
-    trunk, trunk_pos = np.zeros((len(tasks), P), int), np.zeros((len(tasks), P), int)
-    ids, pos = np.zeros((len(chunk), S), int), np.zeros((len(chunk), S), int)
+    """Branches `chunk` [(trajectory, branch, first)] and their tasks {trajectory: row} as one Pack."""
+    depths = np.arange(max(len(trajs[i].task) + len(branch.ids) for i, branch, _ in chunk))
+    where = lambda i, start, n: (depths if positions is None else positions[i])[start : start + n]
+    P, S = max(len(trajs[i].task) for i in tasks), max(len(branch.ids) for _, branch, _ in chunk)
+    trunk, trunk_pos = np.zeros((2, len(tasks), P), int)
+    ids, pos = np.zeros((2, len(chunk), S), int)
     for i, r in tasks.items():
         n = len(trajs[i].task)
         trunk[r, :n], trunk_pos[r, :n] = trajs[i].task, where(i, 0, n)
     at, target, index = [], [], []
-    for r, (n, i, branch, first) in enumerate(chunk):
+    for r, (i, branch, first) in enumerate(chunk):
+        n = len(branch.ids)
         ids[r, :n], pos[r, :n] = branch.ids, where(i, len(trajs[i].task), n)
-        trained = np.flatnonzero(branch.trained)  # never 0: a branch begins with <IS> or what was kept
+        trained = np.flatnonzero(branch.trained)  # never 0: a branch begins with what was given
         at.append(r * S + trained - 1)  # the row at t - 1 predicts ids[t]
-        target.append(np.asarray(branch.ids)[trained])
+        target.append(ids[r, trained])
         index.append(first + np.arange(len(trained)))
     arrays = dict(trunk=trunk, trunk_n=[len(trajs[i].task) for i in tasks], trunk_pos=trunk_pos, ids=ids, pos=pos,
-                  parent=[tasks[b[1]] for b in chunk], at=np.concatenate(at), target=np.concatenate(target),
+                  parent=[tasks[i] for i, _, _ in chunk], at=np.concatenate(at), target=np.concatenate(target),
                   index=np.concatenate(index))
     return Pack(**{name: torch.as_tensor(np.asarray(array)) for name, array in arrays.items()})
 

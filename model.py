@@ -44,7 +44,7 @@ class GPT(nn.Module):
         self.ln_in, self.ln_out = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.value_head = nn.Linear(C, 1)
-        nn.init.normal_(self.emb.weight, std=0.02)
+        nn.init.normal_(self.emb.weight, std=C**-0.5)  # tied: a token's logit on its own embedding starts at sqrt(C)
         nn.init.zeros_(self.value_head.weight)  # V = 0 at first: advantages start as plain returns
         nn.init.zeros_(self.value_head.bias)
 
@@ -88,6 +88,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+        # A head start for lookup (after arXiv 2305.09828): queries match like keys, half of which is the token
+        # before, and what is read is written as it is. "After the same word as mine" is then nearly there.
+        q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
+        k.copy_(q)
+        self.taps.data[-2] += 0.5
+        self.proj.weight.data.copy_(0.3 * v.T)
 
     def forward(self, x, rotation, bias, past, i, n):
         B, T, C = x.shape

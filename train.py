@@ -221,12 +221,11 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     return dict(loss=(total(summed) / n).item(), norm=norm, tokens=int(n))
 
 
-def reinforce(cfg, learner, model, optimiser, agent, step, rank, world_size, reference):
-    """One PPO iteration: play, weigh, learn."""
+def reinforce(cfg, learner, optimiser, reference, policy, environments, step, rank, world_size):
+    """One PPO iteration on this process's `environments`: play, weigh, learn."""
     # Play.
-    mine = range(rank, cfg.ppo_batch, world_size)
-    trajs = rollout(model, [world(cfg, cfg.seed, PPO, step, i) for i in mine], POLICIES[agent],
-                    [rng(cfg.seed, PPO, step, i, 2) for i in mine])
+    model = getattr(learner, "module", learner).model  # DDP or not
+    trajs = rollout(model, environments, policy, [rng(cfg.seed, PPO, step, rank + world_size * i, 2) for i in range(len(environments))])
     # Weigh. All of what is trained, flat (M,), in the order of sampling.
     flat = lambda name: torch.tensor([x for traj in trajs for branch in traj.branches for x, trained in
                                       zip(getattr(branch, name), branch.trained) if trained], device=cfg.device)
@@ -267,14 +266,11 @@ def reinforce(cfg, learner, model, optimiser, agent, step, rank, world_size, ref
     if dist.is_initialized():
         dist.all_reduce(gap, dist.ReduceOp.MAX)
     n, entropy, kl, clip = total(sums).tolist()
-    mean = lambda values: (total(torch.tensor([float(sum(values)), len(trajs)], device=cfg.device))).tolist()
-    ratio = lambda values: (lambda pair: pair[0] / pair[1])(mean(values))
-    return dict(
-        reward=ratio([t.reward for t in trajs]), em=ratio([t.env.em for t in trajs]),
-        of=ratio([t.env.n_objectives for t in trajs]), peak=ratio([t.peak for t in trajs]),
-        unpruned=ratio([len(full(t.turns)) for t in trajs]), turns=ratio([len(t.turns) for t in trajs]),
-        valid=ratio([t.valid / len(t.turns) for t in trajs]), kl=kl / n, clip=clip / n, ent=entropy / n,
-        ev=ppo.explained_variance(old_value, ret), gap=gap.item(), norm=norm, tokens=int(n))
+    rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
+                          t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
+    means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
+    return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / n, clip=clip / n,
+                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=gap.item(), norm=norm, tokens=int(n))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -336,7 +332,8 @@ def run(rank, world_size, cfg):
             for group in optimiser.param_groups:
                 group["lr"] = lr * schedule(step, steps)
             if stage == "ppo":
-                row = reinforce(cfg, learner, model, optimiser, agent, step, rank, world_size, reference)
+                mine = [world(cfg, cfg.seed, PPO, step, i) for i in range(rank, cfg.ppo_batch, world_size)]
+                row = reinforce(cfg, learner, optimiser, reference, POLICIES[agent], mine, step, rank, world_size)
             else:
                 row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)

@@ -1,0 +1,491 @@
+"""test_mem1.py: what must be true, each test a sentence.      python -m pytest -q
+
+Oracles are written differently from the code: a re-encoding of every context token by token, a double sum,
+an independent scorer. Each property has a positive control: something that must change, does.
+"""
+import doctest
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import envs
+import eval as evaluation
+import mem1
+import model as model_py
+import ppo
+import train
+from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, rollout
+from model import GPT, GPTConfig, Prefix
+
+settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
+settings.load_profile("mem1")
+torch.set_num_threads(1)
+
+# ----------------------------------------------------------------------------------------------
+# A world in which whatever is written is taken, so that random weights play many turns
+
+
+class AnyWorld:
+    """Takes any action for `turns` turns, and answers each with a random text."""
+    n_objectives, em, f1, cause = 1, 0, 0.0, None
+
+    def __init__(self, turns, seed):
+        self.left, self.done, self.rng = turns, False, np.random.default_rng(seed)
+        self.prompt = self.words(1, 5)
+
+    def words(self, low, high):
+        return "".join(f" {w}" for w in self.rng.choice(envs.WORDS, self.rng.integers(low, high + 1)))
+
+    def step(self, kind, text):
+        self.left -= 1
+        self.done = self.left == 0
+        return self.words(0, 6)
+
+
+def talkative(dtype=torch.float64, seed=0, **kwargs):
+    """A GPT of random weights, all of them far from their initial structure, that likes to end its turns."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(ENC.n_vocab, **{**dict(n_layer=2, n_head=2, n_embd=32), **kwargs})).to(dtype)
+    for p in gpt.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    bias = torch.zeros(ENC.n_vocab, dtype=dtype)
+    bias[END], bias[QUERY] = 8.0, 6.0
+    gpt.logits = lambda x: GPT.logits(gpt, x) * 0.5 + bias
+    return gpt
+
+
+def play(gpt, policy, turns, seed=0):
+    """Trajectories of as many episodes as `turns` has entries."""
+    worlds = [AnyWorld(n, [seed, i]) for i, n in enumerate(turns)]
+    return rollout(gpt, worlds, policy, [np.random.default_rng([seed, i, 1]) for i in range(len(turns))])
+
+
+def recorded(trajs, name):
+    """The sampler's record of all trained tokens, flat."""
+    return [x for t in trajs for b in t.branches for x, trained in zip(getattr(b, name), b.trained) if trained]
+
+
+def learned(gpt, trajs, **kwargs):
+    """The learner's (logp, value) of all trained tokens, flat (M,)."""
+    logp = torch.full((len(recorded(trajs, "logp")),), torch.nan, dtype=gpt.emb.weight.dtype)
+    value = logp.clone()
+    for p in pack(trajs, **kwargs):
+        lp, v, _ = evaluate(gpt, p)
+        logp[p.index], value[p.index] = lp.detach(), v.detach()
+    return logp, value
+
+
+def subset_policy(keep):
+    """A context policy drawn by hypothesis: turn t keeps the segments of earlier turns that `keep` says."""
+    def policy(turns):
+        parts = [part for turn in turns for part in (turn.state, turn.action, turn.info)]
+        return [token for i, part in enumerate(parts) if keep[(7 * len(turns) + i) % len(keep)] for token in part]
+    return policy
+
+
+policies = st.one_of(st.sampled_from(list(POLICIES.values())),
+                     st.lists(st.booleans(), min_size=1, max_size=12).map(subset_policy))
+turn_counts = st.lists(st.integers(1, 6), min_size=1, max_size=4)
+
+# ----------------------------------------------------------------------------------------------
+# The trajectory
+
+
+@torch.no_grad()
+def replay(gpt, traj, policy):
+    """Oracle: logp and value of each written token, each context laid out anew and encoded whole, no cache."""
+    logp, value = [], []
+    for t, turn in enumerate(traj.turns):
+        context = traj.task + (policy(traj.turns[:t]) if t else []) + [IS]
+        for token in (turn.state + turn.action)[1:]:
+            ids = torch.tensor([context])
+            x = gpt(ids, torch.arange(len(context))[None], Prefix(gpt.config), torch.tensor([len(context)]))[0, -1]
+            logp.append(GPT_logp(gpt, x, token))
+            value.append(gpt.value(x).item())
+            context = context + [token]
+    return logp, value
+
+
+def GPT_logp(gpt, x, token):
+    logits = gpt.logits(x)
+    return (logits[token] - logits.exp().sum().log()).item()
+
+
+@given(policies, turn_counts, st.integers(0, 99), st.sampled_from([64, 512, 8192]))
+@example(mem1.mem1, [6, 4, 5], 0, 64)
+@example(mem1.full, [6, 4, 5], 0, 64)
+def test_sampler_learner_and_token_by_token_replay_agree(policy, turns, seed, budget):
+    gpt = talkative()
+    trajs = play(gpt, policy, turns, seed)
+    logp, value = learned(gpt, trajs, budget=budget)
+    slow_logp, slow_value = map(lambda xs: sum(xs, []), zip(*(replay(gpt, t, policy) for t in trajs)))
+    for got, want in (logp, recorded(trajs, "logp")), (value, recorded(trajs, "value")), (logp, slow_logp), (value, slow_value):
+        assert (got - torch.as_tensor(want, dtype=got.dtype)).abs().max() < 1e-10
+    # Control: in the context of another policy the log-probabilities are others.
+    if len(trajs[0].turns) > 3 and policy is mem1.mem1:
+        other = torch.tensor(replay(gpt, trajs[0], mem1.full)[0], dtype=torch.float64)
+        assert (other - logp[: len(other)]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_in_float32_sampler_and_learner_agree_to_1e_5(policy):
+    gpt = talkative(torch.float32)
+    trajs = play(gpt, policy, [6, 1, 4, 5, 6, 2])
+    assert (learned(gpt, trajs)[0] - torch.tensor(recorded(trajs, "logp"))).abs().max() < 1e-5
+
+
+@given(policies, turn_counts, st.integers(0, 99))
+def test_what_the_agent_wrote_is_trained_exactly_once_and_what_it_was_given_never(policy, turns, seed):
+    trajs = play(talkative(), policy, turns, seed)
+    wrote = [token for t in trajs for turn in t.turns for token in (turn.state + turn.action)[1:]]  # the <IS> is given
+    assert recorded(trajs, "ids") == wrote
+    packs = pack(trajs, 64)
+    index = torch.cat([p.index for p in packs])
+    assert index.sort().values.tolist() == list(range(len(wrote)))
+    assert torch.cat([p.target for p in packs])[index.argsort()].tolist() == wrote
+    for p in packs:  # the row at `at` comes right before the token that it predicts
+        assert (p.ids.flatten()[p.at + 1] == p.target).all() and (p.at % p.ids.size(1) < p.ids.size(1) - 1).all()
+
+
+def embedding_gradients(gpt, trajs, of):
+    """d (sum of the logp of the trained tokens in `of`) / d (each input embedding), for one Pack."""
+    (p,) = pack(trajs, 10**6)
+    seen = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        seen.append(output)
+
+    hook = gpt.emb.register_forward_hook(keep)
+    logp = evaluate(gpt, p)[0]
+    hook.remove()
+    logp[torch.isin(p.index, torch.tensor(of))].sum().backward()
+    return p, seen[0].grad.norm(dim=-1), seen[1].grad.norm(dim=-1)  # of the trunk (B, P), of the branches (R, S)
+
+
+def test_a_pruned_token_has_exactly_no_influence_and_a_kept_one_has_some():
+    gpt = talkative(n_layer=3)
+    trajs = play(gpt, mem1.mem1, [6], seed=3)
+    first_of_turn = np.cumsum([0] + [len(t.state + t.action) - 1 for t in trajs[0].turns])
+    p, trunk, branches = embedding_gradients(gpt, trajs, list(range(first_of_turn[4], first_of_turn[5])))  # turn 5's tokens
+    in_branch = [b.ids for b in trajs[0].branches]
+    turn = trajs[0].turns
+    mine = next(r for r in range(len(p.ids)) if p.ids[r].tolist()[: len(in_branch[3])] == in_branch[3])  # turn 5's branch
+    kept = len(turn[3].state + turn[3].action + turn[3].info)
+    assert (branches[mine, :kept] > 0).all() and (trunk[0, : len(trajs[0].task)] > 0).all()
+    branches[mine] = 0.0
+    assert (branches == 0.0).all()  # turns 1 to 3, and turn 4 where it was written
+
+
+def test_other_pruned_text_changes_nothing_bitwise_and_other_kept_text_does():
+    gpt = talkative()
+    (traj,) = play(gpt, mem1.mem1, [6], seed=3)
+    before = learned(gpt, [traj])[0]
+    per_branch = [sum(b.trained) for b in traj.branches]
+    cut = sum(per_branch[:2])
+    for branch in traj.branches[:2]:
+        branch.ids[:] = [(token + 1) % 256 for token in branch.ids]
+    after = learned(gpt, [traj])[0]
+    assert (after[cut:] == before[cut:]).all() and (after[:cut] != before[:cut]).any()
+    traj.branches[2].ids[1] ^= 1  # a kept token, read again
+    assert (learned(gpt, [traj])[0][cut : cut + per_branch[2]] != before[cut : cut + per_branch[2]]).all()
+
+
+@settings(max_examples=10)
+@given(policies, st.lists(st.integers(2, 5), min_size=2, max_size=4), st.integers(0, 99))
+def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed):
+    gpt = talkative()
+    together = play(gpt, policy, turns, seed)
+    for i, traj in enumerate(together):
+        (alone,) = rollout(gpt, [AnyWorld(turns[i], [seed, i])], policy, [np.random.default_rng([seed, i, 1])])
+        assert alone.turns == traj.turns and np.allclose(recorded([alone], "logp"), recorded([traj], "logp"), atol=1e-10)
+    assert [t.turns for t in play(gpt, policy, turns, seed + 1)] != [t.turns for t in together]  # control
+
+
+def test_peak_of_mem1_is_bounded_by_what_it_keeps_and_that_of_full_context_grows():
+    gpt = talkative()
+    peaks = {name: [play(gpt, policy, [turns], 1)[0] for turns in (4, 8, 16)] for name, policy in POLICIES.items()}
+    for traj in peaks["mem1"]:
+        size = lambda t: sum(map(len, (t.state, t.action, t.info)))
+        pairs = zip([Turn([], [], []), *traj.turns], traj.turns)
+        assert traj.peak == max(size(a) + len(b.state + b.action) for a, b in pairs)
+    for traj in peaks["full"]:
+        assert traj.peak == len(mem1.full(traj.turns)) - len(traj.turns[-1].info)
+    assert peaks["full"][2].peak > 2 * peaks["full"][0].peak and peaks["full"][2].kv_bytes > peaks["mem1"][2].kv_bytes
+
+
+def test_a_mem1_tree_has_a_branch_a_turn_and_a_full_one_has_one():
+    gpt = talkative()
+    # Nothing is pruned before the third turn, so the first two share a branch.
+    assert [len(play(gpt, mem1.mem1, [n])[0].branches) for n in (1, 2, 3, 6)] == [1, 1, 2, 5]
+    assert [len(play(gpt, mem1.full, [n])[0].branches) for n in (1, 2, 3, 6)] == [1, 1, 1, 1]
+
+
+def test_gradients_do_not_depend_on_the_packing():
+    gpt = talkative()
+    trajs = play(gpt, mem1.mem1, [6, 3, 4, 1])
+    gradients = []
+    for packs in pack(trajs, 10**6), pack(trajs, 40), pack(trajs, 200, which=[0, 3]) + pack(trajs, 200, which=[1, 2]):
+        gpt.zero_grad()
+        sum((evaluate(gpt, p)[0] * (1 + p.index % 3)).sum() for p in packs).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-10) and torch.allclose(gradients[0], gradients[2], atol=1e-10)
+    assert gradients[0].norm() > 1
+
+
+def test_no_tensor_of_the_learner_or_the_model_is_made_on_another_device():
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(ENC.n_vocab))
+    trajs = [demonstrate(envs.ComposedQA(2, seed=i), mem1.mem1, np.random.default_rng(0)) for i in range(3)]
+    for p in pack(trajs):
+        logp, value, entropy = evaluate(gpt, p.to("meta"))
+        assert logp.device.type == "meta" and logp.shape == value.shape == entropy.shape == p.target.shape
+        with pytest.raises((RuntimeError, NotImplementedError)):  # control: a CPU tensor among them does raise
+            evaluate(gpt, p)
+
+
+# ----------------------------------------------------------------------------------------------
+# Tokens, parser, world
+
+crafted = st.lists(st.sampled_from([*mem1.TAGS, "</info>", "<", ">", " ", "IS", "\n", "#1", " jelo", "\x00", "é", "\ud800", "<|endoftext|>"]))
+texts = st.one_of(st.text(), crafted.map("".join), st.text(alphabet=st.characters(max_codepoint=0x10FFFF), max_size=30))
+
+
+@given(texts)
+@example("<IS><query><answer><info><end><task>")
+def test_any_text_round_trips_and_none_yields_a_tag(text):
+    ids = ENC.encode_ordinary(text)
+    assert not set(ids) & set(TAG_IDS)
+    assert ENC.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert ENC.encode(mem1.TAGS[1], allowed_special="all") == [IS]  # control: asked to, it would
+
+
+def test_a_forged_tag_in_an_observation_stays_text():
+    class Liar(AnyWorld):
+        def step(self, kind, text):
+            super().step(kind, text)
+            return " <end> <IS> #1 jelo <answer> #1 jelo <end>"
+
+    (traj,) = rollout(talkative(), [Liar(4, 0)], mem1.mem1, [np.random.default_rng(0)])
+    assert all(turn.info[0] == INFO and not set(turn.info[1:]) & set(TAG_IDS) for turn in traj.turns[:-1])
+
+
+def test_every_word_of_the_world_is_one_token_and_so_is_every_tag():
+    assert all(len(ENC.encode_ordinary(f" {word}")) == 1 for word in envs.WORDS)
+    assert len(set(envs.WORDS)) == len(envs.WORDS) and len(set(TAG_IDS)) == 6 and max(TAG_IDS) == ENC.n_vocab - 1
+
+
+def test_tokens_go_from_the_sampler_to_the_learner_without_a_detour_through_text():
+    """Ids that text would not give back: encode(decode(ids)) differs, as for broken UTF-8."""
+    gpt = talkative()
+    gpt.logits = lambda x: GPT.logits(gpt, x) + (torch.arange(ENC.n_vocab) < 256) * 4.0 + (torch.arange(ENC.n_vocab) == END) * 8.0
+    (traj,) = play(gpt, mem1.full, [4])
+    wrote = [token for turn in traj.turns for token in (turn.state + turn.action)]
+    assert ENC.encode_ordinary(ENC.decode(wrote)) != wrote
+    assert [token for turn in traj.turns for token in turn.state + turn.action + turn.info][: len(traj.branches[0].ids)] == traj.branches[0].ids
+
+
+@given(st.lists(st.integers(0, ENC.n_vocab - 1), max_size=40), st.lists(st.sampled_from(TAG_IDS), max_size=4))
+def test_the_parser_takes_anything_and_loses_nothing(ids, tags):
+    for mixed in ids, ids + tags, tags + ids, ids + [QUERY] + ids + [END], ids[:5] + [ANSWER] + [END]:
+        kind, state, action, text = parse(mixed)
+        assert state + action == mixed and kind in ("query", "answer", "malformed") and isinstance(text, str)
+        pattern = "".join({QUERY: "q", ANSWER: "a", END: "e"}.get(token, "x" if token in TAG_IDS else ".") for token in mixed)
+        want = {"q": "query", "a": "answer"}[re.search("[qa]", pattern)[0]] if re.fullmatch(r"\.*[qa]\.*e", pattern) else "malformed"
+        assert kind == want
+
+
+@given(texts, texts, st.sampled_from(["query", "answer", "malformed", "", "reset"]), st.integers(1, 5))
+def test_the_world_survives_any_action(first, second, kind, n):
+    env = envs.ComposedQA(n, hops=(1, 3), seed=[n])
+    env.step("query", first)
+    observation = env.step(kind, second)
+    assert isinstance(observation, str) and len(observation) < 300
+    assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
+
+
+def test_a_huge_action_is_cut_off_in_time():
+    env = envs.ComposedQA(2, seed=0)
+    start = time.perf_counter()
+    env.step("query", " jelo heir" * 10**5)
+    env.step("answer", " #1 jelo" * 10**5)
+    assert time.perf_counter() - start < 5 and env.done
+
+
+def run_demonstrator(env, **kwargs):
+    script = envs.demonstrator(env.prompt, np.random.default_rng(0), **kwargs)
+    act = next(script)
+    while True:
+        observation = env.step(*act[1:])
+        if env.done:
+            return env
+        act = script.send(observation)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 32, 64])
+@pytest.mark.parametrize("hops", [(1, 2), (3, 3), (1, 3)])
+def test_the_demonstrator_solves_every_size_unless_it_forgets_or_has_no_turns(n, hops):
+    for seed in range(5):
+        env = run_demonstrator(envs.ComposedQA(n, hops, seed=seed))
+        assert (env.em, env.f1, env.cause) == (n, n, "answered")
+    assert run_demonstrator(envs.ComposedQA(16, seed=0), forget=0.3).em < 8
+    hurried = run_demonstrator(envs.ComposedQA(16, seed=0, max_turns=10))
+    assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
+
+
+def test_the_search_tool_ranks_as_a_slow_bm25_does():
+    env = envs.ComposedQA(8, hops=(2, 2), seed=5)
+    pages = [[f.split()[0], *f.split()] for f in env.facts]
+    for fact in env.facts:
+        query = fact.split()[:2]
+        def slow(page):
+            result = 0.0
+            for word in query:
+                df = sum(word in other for other in pages)
+                tf = sum(w == word for w in page)
+                result += np.log(1 + (len(pages) - df + 0.5) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
+            return result
+        best = sorted(range(len(pages)), key=lambda i: (-slow(pages[i]), i))[:3]
+        assert env.search(" ".join(query)) == [env.facts[i] for i in sorted(best)]
+        assert fact in env.search(" ".join(query))  # nothing that is asked for by name is missed
+    assert env.search("") == env.search("?!") == env.search("nobody knows") == []
+
+
+@given(st.integers(1, 6), st.integers(0, 50))
+def test_scores_equal_those_of_an_independent_scorer(n, seed):
+    rng = np.random.default_rng(seed)
+    golds = [(f"#{i}", str(rng.choice(envs.NAMES[:4]))) for i in range(n)]
+    given_ = [(f"#{rng.integers(n + 1)}", " ".join(rng.choice(envs.NAMES[:4], rng.integers(0, 3)))) for _ in range(n)]
+    em = f1 = 0
+    for index, gold in golds:
+        mine = [answer for i, answer in given_ if i == index][:1]
+        em += mine == [gold]
+        if mine and gold in mine[0].split():
+            precision, recall = 1 / len(mine[0].split()), 1.0
+            f1 += 2 * precision * recall / (precision + recall)
+    assert envs.score(" ".join(f"{i} {a}" for i, a in given_), golds) == (em, pytest.approx(f1))
+
+
+def test_the_same_seed_gives_the_same_episode_and_another_another():
+    describe = lambda seed: (lambda env: (env.prompt, env.facts, env.golds))(envs.ComposedQA(4, seed=seed))
+    assert describe([1, 2]) == describe([1, 2]) != describe([1, 3])
+
+
+def test_training_validation_and_test_episodes_have_different_seeds():
+    cfg = train.Config()
+    prompts = {stage: {train.world(cfg, 0, stage, step, i, 2).prompt for step in range(3) for i in range(50)} for stage in (1, 2)}
+    for split in evaluation.VALID, evaluation.TEST:
+        prompts[split] = {envs.ComposedQA(2, seed=[0, split, 2, i, 0]).prompt for i in range(150)}
+    for a in prompts:
+        for b in prompts:
+            assert (prompts[a] == prompts[b]) == (a == b) and (a == b or not prompts[a] & prompts[b])
+
+
+# ----------------------------------------------------------------------------------------------
+# PPO
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_gae_is_the_double_sum_of_its_definition(lengths, gamma, lam, seed):
+    rng, rewards, values, want = np.random.default_rng(seed), [], [], []
+    for T in lengths:
+        r, v = rng.normal(size=T), np.append(rng.normal(size=T), 0.0)
+        want += [sum((gamma * lam) ** k * (r[t + k] + gamma * v[t + k + 1] - v[t + k]) for k in range(T - t)) for t in range(T)]
+        rewards, values = [*rewards, *r], [*values, *v[:T]]
+    last = torch.zeros(sum(lengths), dtype=torch.bool)
+    last[np.cumsum(lengths) - 1] = True
+    adv, ret = ppo.gae(torch.tensor(rewards), torch.tensor(values), last, gamma, lam)
+    assert np.allclose(adv, want) and np.allclose(ret - adv, values)
+    assert not torch.isnan(ppo.whiten(adv)).any()
+
+
+def test_the_price_of_leaving_the_reference_and_the_reward_land_on_their_tokens():
+    last = torch.tensor([False, True, True])
+    r = ppo.token_rewards(torch.tensor([1.0, 0.5]), last, torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([-2.0, -1.0, -1.0]), 0.1)
+    assert torch.allclose(r, torch.tensor([-0.1, 1.0, 0.6]))
+
+
+@pytest.mark.parametrize("ratio, adv, alive", [(1.0, 1, True), (1.1, 1, True), (1.3, 1, False), (0.7, 1, True),
+                                               (1.0, -1, True), (0.7, -1, False), (1.3, -1, True), (0.9, -1, True)])
+def test_the_clip_stops_the_gradient_where_the_ratio_has_gone_far_enough_and_only_there(ratio, adv, alive):
+    logp = torch.tensor(np.log(ratio), requires_grad=True)
+    ppo.policy_loss(logp, torch.tensor(0.0), torch.tensor(float(adv)), clip=0.2).backward()
+    assert logp.grad.item() == (pytest.approx(-ratio * adv) if alive else 0.0)
+
+
+def test_whitening_is_over_all_tokens_and_survives_constants():
+    x = torch.randn(1000, dtype=torch.float64) * 3 + 5
+    w = ppo.whiten(x)
+    assert abs(w.mean()) < 1e-9 and abs(w.var(unbiased=False) - 1) < 1e-6
+    assert (ppo.whiten(torch.full((5,), 3.0)) == 0).all() and (ppo.whiten(torch.tensor([2.0])) == 0).all()
+
+
+def test_k3_estimates_the_exact_kl():
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum()
+    assert (p.exp() * ppo.approx_kl(q, p)).sum() == pytest.approx(exact.item()) and (ppo.approx_kl(q, p) >= 0).all()
+
+
+# ----------------------------------------------------------------------------------------------
+# Learning
+
+
+class Cue:
+    """Told a cue after the first turn, asked for it in the third: it has to pass through the second state."""
+    n_objectives, f1, cause, words = 1, 0.0, None, (" ally", " rival")
+
+    def __init__(self, seed):
+        self.prompt, self.turn, self.done, self.em = " now", 0, False, 0
+        self.cue = self.words[np.random.default_rng(seed).integers(2)]
+
+    def step(self, kind, text):
+        self.turn += 1
+        self.done = self.turn == 3
+        self.em = int(self.done and text.startswith(self.cue))
+        return self.cue if self.turn == 1 else ""
+
+
+def test_ppo_learns_to_carry_a_cue_in_the_internal_state_and_can_not_with_the_state_blanked(monkeypatch):
+    monkeypatch.setattr(mem1, "turn_cap", lambda n: 5)
+    allowed = torch.full((ENC.n_vocab,), -1e9)
+    allowed[[*(ENC.encode_single_token(word) for word in Cue.words), QUERY, END]] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    through_the_state, blanked = lambda turns: turns[-1].state + turns[-1].info, lambda turns: turns[-1].info
+    earned = []
+    for policy in through_the_state, blanked:
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(ENC.n_vocab, n_layer=1, n_head=2, n_embd=32))
+        gpt.logits = lambda x: GPT.logits(gpt, x) + allowed
+        cfg = train.Config(device="cpu", ppo_batch=64, kl_coef=0.0)
+        learner, optimiser = train.Learner(gpt), torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+        rows = [train.reinforce(cfg, learner, optimiser, gpt, policy, [Cue([step, i]) for i in range(64)], step, 0, 1)
+                for step in range(40)]
+        earned.append(np.mean([row["reward"] for row in rows[-5:]]))
+        assert max(row["gap"] for row in rows) < 1e-4
+    assert earned[0] > 0.9 and earned[1] < 0.65, earned
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_gradient_is_the_policy_gradient():
+    gpt = talkative()
+    trajs = play(gpt, mem1.mem1, [4, 5])
+    (p,) = pack(trajs)
+    old, adv = torch.tensor(recorded(trajs, "logp"), dtype=torch.float64)[p.index], torch.randn(len(p.index), dtype=torch.float64)
+    gradients = []
+    for loss in (lambda logp: ppo.policy_loss(logp, old, adv).sum()), (lambda logp: -(adv * logp).sum()):
+        gpt.zero_grad()
+        logp = evaluate(gpt, p)[0]
+        loss(logp).backward()
+        gradients.append(torch.cat([x.grad.flatten() for x in gpt.parameters() if x.grad is not None]))
+    assert ppo.clipped(logp, old).sum() == 0 and ppo.approx_kl(logp, old).max() < 1e-15
+    assert torch.allclose(*gradients, atol=1e-9) and gradients[0].norm() > 1e-3
