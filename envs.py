@@ -161,15 +161,15 @@ def score(text, golds):
 def demonstrator(prompt, rng, forget=0.0, whole=True):
     """The scripted expert: a generator that yields (state, kind, text) and is sent each observation.
 
-    It sees what the agent sees, no more. Its state is a list that it rewrites a little every turn:
-    the answers so far, then the question at hand as far as it is still open, then the index of the
-    question to take up next (or `.`). So nothing has to be counted, only copied and looked up:
+    It sees what the agent sees, no more. Its state first says what was found, then rewrites a list a
+    little: the answers so far, the question at hand as far as it is still open, and the index of the
+    question to take up next (or `.`). So nothing has to be counted, only looked up and copied:
 
         prompt   #64 jelo pupil #65 milu pupil neighbour .
-        turn 1   #64 jelo pupil #65                    query jelo pupil      -> ... jelo pupil jero
-        turn 2   #64 jero #65 milu pupil neighbour .   query milu pupil      -> ... milu pupil zupe
-        turn 3   #64 jero #65 zupe neighbour .         query zupe neighbour  -> ... zupe neighbour veba
-        turn 4   #64 jero #65 veba .                   answer #64 jero #65 veba
+        turn 1   #64 jelo pupil #65                                      query jelo pupil
+        turn 2   jelo pupil jero #64 jero #65 milu pupil neighbour .     query milu pupil
+        turn 3   milu pupil zupe #64 jero #65 zupe neighbour .           query zupe neighbour
+        turn 4   zupe neighbour veba #64 jero #65 veba .                 answer #64 jero #65 veba
 
     rng, forget  before each turn every answer in memory is lost with this probability: what is
                  left for reinforcement to learn is to remember
@@ -178,22 +178,23 @@ def demonstrator(prompt, rng, forget=0.0, whole=True):
     """
     questions = re.findall(r"(#\d+) (\w+)((?: \w+)+)", prompt)
     following = [q[0] for q in questions[1:]] + [STOP]
-    memory, fresh, due = [], [], False  # `#index answer` entries; those not yet written down; must it answer now
+    memory, fresh = [], []  # `#index answer` entries; those of them not yet written down
+    found, due = [], False  # the last fact found; must it answer now
     for (index, subject, relations), then in zip(questions, following):
         relations = relations.split()
         while relations and not due:
-            kept = memory if whole else fresh
-            observation = yield " ".join([*kept, index, subject, *relations, then]), "query", f"{subject} {relations[0]}"
+            state = [*found, *(memory if whole else fresh), index, subject, *relations, then]
+            observation = yield " ".join(state), "query", f"{subject} {relations[0]}"
             memory, fresh = [entry for entry in memory if rng.random() >= forget], []
-            found = re.search(rf"\b{subject} {relations[0]} (\w+)", observation)
+            found = re.findall(rf"\b{subject} {relations[0]} \w+", observation)[:1]
             if found:
-                subject, relations = found[1], relations[1:]
+                subject, relations = found[0].split()[-1], relations[1:]
             due = "answer now" in observation
         if relations:  # the turns ran out on this question
             break
         memory, fresh = [*memory, f"{index} {subject}"], [f"{index} {subject}"]
-    open_question = [index, subject, *relations, then] if relations else [then]
-    yield " ".join([*(memory if whole else fresh), *open_question]), "answer", " ".join(memory)
+    rest = [index, subject, *relations, then] if relations else [then]
+    yield " ".join([*found, *(memory if whole else fresh), *rest]), "answer", " ".join(memory)
 
 
 def primer(rng, longest):
@@ -203,7 +204,11 @@ def primer(rng, longest):
     edit it while copying, to look things up. No environment, no turn, no episode, nothing to
     remember or to prune. Lists have 2 to `longest` items.
 
-    >>> primer(np.random.default_rng(1), 3)
+    >>> text, answer = primer(np.random.default_rng(4), 2)
+    >>> text
+    ' #57 dofu pupil #75 nuga spouse .'
+    >>> answer
+    [(' section', False), (' #57', False), (' dofu pupil #75', True), (' #75', False), (' nuga spouse .', True), (' .', True)]
     """
     n = int(rng.integers(2, longest + 1))
     draw = lambda k, pool: [f" {word}" for word in rng.choice(pool, k, replace=False)]  # k different words

@@ -143,12 +143,13 @@ def demonstration(cfg, agent, step, i):
 
 
 def random_positions(trajs, longest, draw):
-    """For each trajectory a random increasing subset of 0..longest-1, as positions of depths 0, 1, ...
+    """For each trajectory a random increasing subset of 0..L-1 as positions of its depths 0, 1, 2, ...
 
-    With positions this sparse, a short training episode has seen distances of long ones (arXiv 2305.16843).
+    L is drawn between the trajectory's own length (positions as when acting) and `longest`. With
+    positions so sparse, a short training episode has seen the distances of long ones (arXiv 2305.16843).
     """
     depths = [len(traj.task) + max(len(branch.ids) for branch in traj.branches) for traj in trajs]
-    return [np.sort(draw.choice(max(longest, n), n, replace=False)) for n in depths]
+    return [np.sort(draw.choice(draw.integers(n, max(longest, n) + 1), n, replace=False)) for n in depths]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,9 +189,9 @@ def optimise(learner, optimiser, cfg, packs, losses):
     return norm.item()
 
 
-def schedule(step, steps):
-    """Learning rate factor: 50 steps of warm-up, constant, linear to 5% over the last 40%."""
-    return min(1.0, (step + 1) / 50, max(0.05, (steps - step) / (0.4 * steps)))
+def schedule(step, steps, warmup):
+    """Learning rate factor: `warmup` steps up, constant, linear to 5% over the last 40%."""
+    return min(1.0, (step + 1) / warmup, max(0.05, (steps - step) / (0.4 * steps)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -330,7 +331,7 @@ def run(rank, world_size, cfg):
         for step in bar:
             began = time.perf_counter()
             for group in optimiser.param_groups:
-                group["lr"] = lr * schedule(step, steps)
+                group["lr"] = lr * schedule(step, steps, warmup=3 if stage == "ppo" else 50)
             if stage == "ppo":
                 mine = [world(cfg, cfg.seed, PPO, step, i) for i in range(rank, cfg.ppo_batch, world_size)]
                 row = reinforce(cfg, learner, optimiser, reference, POLICIES[agent], mine, step, rank, world_size)
