@@ -119,6 +119,7 @@ class Trajectory:
     task: list  # <task> ..., the trunk
     branches: list = field(default_factory=list)
     turns: list = field(default_factory=list)
+    positions: object = None  # in training, of the depths 0, 1, 2, ...; None: the depths themselves, as when acting
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
     peak: int = 0  # most tokens in context over the turns, task not counted (MEM1 app. A.4)
     valid: int = 0  # well-formed turns
@@ -301,13 +302,12 @@ class Pack:
         return Pack(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
-def pack(trajs, budget=8192, positions=None, which=None):
+def pack(trajs, budget=8192, which=None):
     """Trajectories as a list of Packs of at most about `budget` tokens, branches of like length together.
 
-    positions: for each trajectory an increasing array of the positions of depths 0, 1, 2, ...; None: the
-    depths themselves, as when acting. which: only these trajectories; `index` still counts all of them.
-    Every trained token is in exactly one Pack. With nothing to train comes one Pack of no trained
-    tokens, so that a process without work still takes part in the backward pass of the others.
+    which: only these trajectories; `index` still counts the tokens of all. Every trained token is in
+    exactly one Pack. With nothing to train comes one Pack of no trained tokens, so that a process
+    without work still takes part in the backward pass of the others.
     """
     branches, first = [], 0  # (trajectory, branch, place of its first trained token)
     for i, traj in enumerate(trajs):
@@ -324,14 +324,14 @@ def pack(trajs, budget=8192, positions=None, which=None):
         while branches and (not chunk or size * len(chunk) < budget):
             chunk.append(branches.pop())
             tasks.setdefault(chunk[-1][0], len(tasks))  # trajectory -> row of its trunk
-        packs.append(_collate(trajs, chunk, tasks, positions))
+        packs.append(_collate(trajs, chunk, tasks))
     return packs
 
 
-def _collate(trajs, chunk, tasks, positions):
+def _collate(trajs, chunk, tasks):
     """Branches `chunk` [(trajectory, branch, first)] and their tasks {trajectory: row} as one Pack."""
     depths = np.arange(max(len(trajs[i].task) + len(branch.ids) for i, branch, _ in chunk))
-    where = lambda i, start, n: (depths if positions is None else positions[i])[start : start + n]
+    where = lambda i, start, n: (depths if trajs[i].positions is None else trajs[i].positions)[start : start + n]
     P, S = max(len(trajs[i].task) for i in tasks), max(len(branch.ids) for _, branch, _ in chunk)
     trunk, trunk_pos = np.zeros((2, len(tasks), P), int)
     ids, pos = np.zeros((2, len(chunk), S), int)

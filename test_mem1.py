@@ -489,3 +489,118 @@ def test_before_the_first_update_the_ratio_is_one_and_the_gradient_is_the_policy
         gradients.append(torch.cat([x.grad.flatten() for x in gpt.parameters() if x.grad is not None]))
     assert ppo.clipped(logp, old).sum() == 0 and ppo.approx_kl(logp, old).max() < 1e-15
     assert torch.allclose(*gradients, atol=1e-9) and gradients[0].norm() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------
+# The scripts
+
+HERE = Path(__file__).parent
+TINY = ("--preset debug --primer-steps 4 --primer-batch 8 --demos-steps 4 --ppo-steps 4 --ppo-batch 6 --ppo-minibatches 3 --eval-every 2 "
+        "--valid-episodes 2 --eval-episodes 4 --eval-objectives 1 2").split()
+
+
+def script(name, *flags, interrupt=None):
+    """Run a script to its end; interrupt=(file, lines, signal): send the signal when the file has so many lines."""
+    process = subprocess.Popen([sys.executable, name, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while interrupt and process.poll() is None:
+        file, lines, number = interrupt
+        if file.exists() and file.read_text().count("\n") >= lines:
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def metrics(run, without=("minutes", "tok_s")):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def results(run):
+    table = json.loads((run / "results.json").read_text())
+    meta = table.pop("meta")
+    return {p: {n: {k: v for k, v in cell.items() if k != "time"} for n, cell in rows.items()} for p, rows in table.items()}, meta
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    code, text, err = script("train.py", *TINY, "--out", out)
+    assert code == 0, err
+    return out, text
+
+
+def test_a_run_leaves_its_config_metrics_checkpoint_and_results(finished):
+    out, text = finished
+    table, meta = results(out)
+    assert list(table) == ["mem1", "mem1-demos", "full", "full-demos"] and all(list(rows) == ["1", "2"] for rows in table.values())
+    assert all(set(cell) == {"em", "f1", "peak", "turns", "valid"} for rows in table.values() for cell in rows.values())
+    assert {"seed", "episodes", "commit", "machine", "minutes"} <= set(meta)
+    assert json.loads((out / "config.json").read_text())["config"]["ppo_batch"] == 6
+    steps = [(row["stage"], row["agent"], row["step"]) for row in metrics(out)]
+    assert steps == [(stage, agent, i + 1) for stage, agent in
+                     [("primer", None), ("demos", "mem1"), ("ppo", "mem1"), ("demos", "full"), ("ppo", "full")] for i in range(4)]
+    assert max(row["gap"] for row in metrics(out) if row["stage"] == "ppo") < 1e-4
+    assert "reward" in text and "gap" in text and str(out) in text
+
+
+def test_evaluation_reads_a_run_and_repeats_its_results(finished):
+    out, _ = finished
+    code, text, err = script("eval.py", out, "--json")
+    assert code == 0, err
+    again = {p: {n: {k: v for k, v in cell.items() if k != "time"} for n, cell in rows.items()} for p, rows in json.loads(text).items()}
+    assert again == results(out)[0]
+    code, text, _ = script("eval.py", out, "--show", 2, "--policies", "full")
+    assert code == 0 and text.count("task   <task>") == 2 and "right would be" in text
+
+
+@pytest.mark.parametrize("lines, number", [(2, signal.SIGINT), (10, signal.SIGTERM), (14, signal.SIGINT)])
+def test_an_interrupted_run_resumed_equals_the_uninterrupted_one(finished, tmp_path, lines, number):
+    code, text, err = script("train.py", *TINY, "--out", tmp_path / "run", interrupt=(tmp_path / "run" / "metrics.jsonl", lines, number))
+    assert code == 128 + number and "--resume" in text and not err, (code, text, err)
+    assert len(metrics(tmp_path / "run")) < 20
+    code, _, err = script("train.py", *TINY, "--out", tmp_path / "run", "--resume")
+    assert code == 0, err
+    assert metrics(tmp_path / "run") == metrics(finished[0]) and results(tmp_path / "run")[0] == results(finished[0])[0]
+
+
+def test_two_processes_do_the_same_as_one(finished, tmp_path):
+    code, _, err = script("train.py", *TINY, "--out", tmp_path / "run", "--nproc", 2)
+    assert code == 0, err
+    for one, two in zip(metrics(finished[0]), metrics(tmp_path / "run")):
+        # Nothing is earned in so short a run, so PPO's gradients are rounding noise: of its rows only the episodes compare.
+        keys = ("reward", "em", "of", "peak", "turns", "valid") if one["stage"] == "ppo" else one
+        for key in keys:
+            value = pytest.approx(one[key], rel=1e-4) if isinstance(one[key], float) else one[key]
+            assert two[key] == value, (key, one, two)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--objectiv", "3"], "unrecognized"), (["--preset", "huge"], "invalid choice"), (["--ppo-lr", "fast"], "invalid float"),
+    (["--device", "cuda"], "no GPU"), (["--resume", "--out", "/nonexistent/run"], "does not exist"),
+    (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
+    (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
+    (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
+def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
+    if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    message = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
+    assert exit.value.code not in (0, None) and words in message and len(message.splitlines()) == 1, message
+
+
+def test_evaluation_of_what_is_not_a_run_gets_one_line(tmp_path, monkeypatch):
+    for flags in ([str(tmp_path)], [str(tmp_path / "none")]):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+        with pytest.raises(SystemExit, match="does not exist; expected the directory of a run"):
+            evaluation.main()
+
+
+@pytest.mark.parametrize("module", [envs, model_py, mem1, ppo, train, evaluation], ids=lambda m: m.__name__)
+def test_the_examples_in_the_docstrings_hold(module):
+    failed, _ = doctest.testmod(module)
+    assert failed == 0

@@ -133,23 +133,21 @@ def exercise(cfg, step, i, longest):
     return Trajectory(None, ENC.encode_ordinary(text), [branch])
 
 
-def demonstration(cfg, agent, step, i):
-    """One episode of the demonstrator; in a share of them the turns are too few."""
+def demonstration(cfg, agent, step, i, longest):
+    """One episode of the demonstrator; in a share of them the turns are too few.
+
+    Its positions are a random increasing subset of 0..L-1, L drawn between its own length (positions as
+    when acting) and `longest`. With positions so sparse, a short training episode has seen the
+    distances of long ones ("randomised positions", arXiv 2305.16843).
+    """
     draw = rng(cfg.seed, DEMOS, step, i, 2)
     env = world(cfg, cfg.seed, DEMOS, step, i)
     if draw.random() < cfg.hurry:
         env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, env.max_turns)))
-    return demonstrate(env, POLICIES[agent], draw, cfg.forget)
-
-
-def random_positions(trajs, longest, draw):
-    """For each trajectory a random increasing subset of 0..L-1 as positions of its depths 0, 1, 2, ...
-
-    L is drawn between the trajectory's own length (positions as when acting) and `longest`. With
-    positions so sparse, a short training episode has seen the distances of long ones (arXiv 2305.16843).
-    """
-    depths = [len(traj.task) + max(len(branch.ids) for branch in traj.branches) for traj in trajs]
-    return [np.sort(draw.choice(draw.integers(n, max(longest, n) + 1), n, replace=False)) for n in depths]
+    traj = demonstrate(env, POLICIES[agent], draw, cfg.forget)
+    depth = len(traj.task) + max(len(branch.ids) for branch in traj.branches)
+    traj.positions = np.sort(draw.choice(draw.integers(depth, max(longest, depth) + 1), depth, replace=False))
+    return traj
 
 
 # ----------------------------------------------------------------------------------------------
@@ -171,6 +169,13 @@ def total(tensor):
     """Sum over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
+    return tensor
+
+
+def most(tensor):
+    """Maximum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -204,13 +209,10 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     ramp = 1.0 if agent else min(1.0, step / (0.6 * cfg.primer_steps))
     length = round(2 + ramp * (cfg.primer_longest - 2))
     key = step + (cfg.primer_steps if agent else 0)  # the exercises go on, they do not start again
-    trajs, positions = [exercise(cfg, key, i, length) for i in range(rank, count, world_size)], None
+    trajs = [exercise(cfg, key, i, length) for i in range(rank, count, world_size)]
     if agent:
-        demos = [demonstration(cfg, agent, step, i) for i in range(rank, cfg.demos_batch, world_size)]
-        positions = random_positions(demos, longest, rng(cfg.seed, DEMOS, step, rank, 3))
-        positions += [np.arange(4096)] * len(trajs)
-        trajs = demos + trajs
-    packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens, positions)]
+        trajs += [demonstration(cfg, agent, step, i, longest) for i in range(rank, cfg.demos_batch, world_size)]
+    packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens)]
     n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
     summed = torch.zeros(1, device=cfg.device)
 
@@ -250,7 +252,7 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
     def losses(batch, logp, value, entropy):
         old, v, i = old_logp[batch.index], old_value[batch.index], batch.index  # each (M',)
         if epoch == k == 0:  # nothing is updated yet: the learner must say what the sampler said
-            gap.copy_(torch.maximum(gap, (logp.detach() - old).abs().max()))
+            gap.copy_(torch.cat([gap, (logp.detach() - old).abs()]).max())
         with torch.no_grad():
             sums.add_(torch.stack([torch.tensor(float(len(i)), device=cfg.device), entropy.sum(),
                                    ppo.approx_kl(logp, old).sum(), ppo.clipped(logp, old, cfg.clip).sum()]))
@@ -264,14 +266,12 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens, which=chosen)]
             n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
             norm = optimise(learner, optimiser, cfg, packs, losses)
-    if dist.is_initialized():
-        dist.all_reduce(gap, dist.ReduceOp.MAX)
     n, entropy, kl, clip = total(sums).tolist()
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
     means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
     return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / n, clip=clip / n,
-                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=gap.item(), norm=norm, tokens=int(n))
+                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=most(gap).item(), norm=norm, tokens=int(n))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,9 +286,9 @@ def run(rank, world_size, cfg):
     if cfg.device == "cuda":
         cfg.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank))}"
         torch.cuda.set_device(cfg.device)
-    out, stop = Path(cfg.out), torch.zeros(1, device=cfg.device)
-    for sig in signal.SIGINT, signal.SIGTERM:
-        signal.signal(sig, lambda number, frame: stop.fill_(number))
+    out, signals = Path(cfg.out), [0]
+    for number in signal.SIGINT, signal.SIGTERM:  # the step is finished and saved first
+        signal.signal(number, lambda number, frame: signals.append(number))
     say = tqdm.write if rank == 0 else lambda line: None
 
     stages = [("primer", None)]
@@ -351,12 +351,12 @@ def run(rank, world_size, cfg):
                     file.write(json.dumps(row) + "\n")
                 if stage == "ppo" or done % 50 == 0 or done == steps:
                     say(line(stage, agent, done, steps, row, (time.perf_counter() - began) * (steps - done)))
-            stopping = int(total(stop.clone()).item())
+            stopping = int(most(torch.tensor([signals[-1]], device=cfg.device)))
             if done % every == 0 or done == steps or stopping:
                 save(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
             if stopping:
-                say(f"stopped after {stage} step {done}/{steps}; to go on: python train.py --out {out} --resume")
-                sys.exit(130)
+                say(f"stopped after {stage} step {done}/{steps}; to go on, the same command with --resume")
+                sys.exit(128 + stopping)
         weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         state["models"][name] = [dataclasses.asdict(model.config), weights]
         save(stage=state["stage"] + 1, step=0, model=None, optimiser=None)
@@ -412,7 +412,10 @@ def main():
         sys.exit(f"train.py: --resume: {out}/checkpoint.pt does not exist; give the --out of an interrupted run, or leave --resume away")
     if not cfg.resume and (out / "checkpoint.pt").exists():
         sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
     if "RANK" in os.environ:  # under torchrun
         return run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg)
     if cfg.nproc == 1:
@@ -422,7 +425,7 @@ def main():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
     children = torch.multiprocessing.spawn(run, (cfg.nproc, cfg), nprocs=cfg.nproc, join=False)
     for sig in signal.SIGINT, signal.SIGTERM:  # passed on: the children end the step, save, and say how to go on
-        signal.signal(sig, lambda number, frame: [os.kill(p.pid, signal.SIGTERM) for p in children.processes if p.is_alive()])
+        signal.signal(sig, lambda number, frame: [os.kill(p.pid, number) for p in children.processes if p.is_alive()])
     try:
         while not children.join():
             pass
@@ -433,7 +436,8 @@ def main():
 def parse_arguments():
     """Config from the command line: a flag a field, a preset's values instead of the defaults."""
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -449,7 +453,33 @@ def parse_arguments():
     if cfg.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave the flag away to train on the CPU")
     cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
+    check(cfg, parser.error)
     return cfg
+
+
+def check(cfg, error):
+    """Every mistake that can be known before the work begins: error(what was given, what was expected)."""
+    for name in "objectives", "hops":
+        bounds = getattr(cfg, name)
+        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
+            error(f"--{name} {getattr(cfg, name)}: expected the fewest and the most, e.g. --{name} 1 2")
+    for name in ("n_layer", "n_head", "n_embd", "primer_steps", "primer_batch", "demos_steps", "demos_batch", "ppo_steps", "ppo_batch",
+                 "ppo_epochs", "ppo_minibatches", "eval_every", "eval_episodes", "valid_episodes", "threads", "pack_tokens", "top_k"):
+        if getattr(cfg, name) < 1:
+            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least 1")
+    if cfg.n_embd % (2 * cfg.n_head):
+        error(f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
+    if cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0:
+        error(f"--hops {cfg.hops} --distractors {cfg.distractors}: the world has {len(envs.RELATIONS)} relations in all")
+    farthest = min(len(envs.INDICES), len(envs.NAMES) // cfg.hops[1])
+    for name in "objectives", "eval_objectives":
+        if not all(1 <= n <= farthest for n in getattr(cfg, name)):
+            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
+    for name in "primer_batch", "demos_batch", "ppo_batch", "valid_episodes", "eval_episodes":
+        if getattr(cfg, name) < cfg.nproc:
+            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {cfg.nproc} processes (--nproc)")
+    if not 2 <= cfg.primer_longest <= len(envs.INDICES):
+        error(f"--primer-longest {cfg.primer_longest}: expected 2 to {len(envs.INDICES)}")
 
 
 if __name__ == "__main__":
