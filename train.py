@@ -70,11 +70,11 @@ class Config:
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
     # demos
     demos_steps: int = 1500
-    demos_batch: int = 24  # episodes a step
-    demos_primer: int = 24  # exercises beside them, or reading skills erode
+    demos_batch: int = 32  # episodes a step
+    demos_primer: int = 12  # exercises beside them, or reading skills erode
     demos_lr: float = 2e-3
     forget: float = 0.2  # the demonstrator loses each remembered answer with this probability a turn
-    hurry: float = 0.4  # share of demonstrations whose turns run out before the task is done
+    hurry: float = 0.3  # share of demonstrations with too few turns, and share with more than enough
     # ppo
     ppo_steps: int = 120
     ppo_batch: int = 64  # episodes a step
@@ -134,16 +134,20 @@ def exercise(cfg, step, i, longest):
 
 
 def demonstration(cfg, agent, step, i, longest):
-    """One episode of the demonstrator; in a share of them the turns are too few.
+    """One episode of the demonstrator, its turn budget too small in some, more than enough in others.
 
-    Its positions are a random increasing subset of 0..L-1, L drawn between its own length (positions as
-    when acting) and `longest`. With positions so sparse, a short training episode has seen the
-    distances of long ones ("randomised positions", arXiv 2305.16843).
+    So that it is seen what to do when the turns run out, and every number of turns that an agent may
+    be told on a long horizon. Positions are a random increasing subset of 0..L-1, L drawn between the
+    episode's own depth (positions as when acting) and `longest`: spread so thin, a short training
+    episode has seen the distances of long ones ("randomised positions", arXiv 2305.16843).
     """
     draw = rng(cfg.seed, DEMOS, step, i, 2)
     env = world(cfg, cfg.seed, DEMOS, step, i)
-    if draw.random() < cfg.hurry:
-        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, env.max_turns)))
+    enough, most_ever, kind = env.max_turns, cfg.hops[1] * max(cfg.eval_objectives) + 2, draw.random()
+    if kind < cfg.hurry:
+        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, enough)))
+    elif kind < 2 * cfg.hurry:
+        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(enough, max(enough, most_ever) + 1)))
     traj = demonstrate(env, POLICIES[agent], draw, cfg.forget)
     depth = len(traj.task) + max(len(branch.ids) for branch in traj.branches)
     traj.positions = np.sort(draw.choice(draw.integers(depth, max(longest, depth) + 1), depth, replace=False))
