@@ -202,68 +202,74 @@ def rollout(model, environments, policy, rngs=None):
     device, dtype, started = model.emb.weight.device, model.emb.weight.dtype, time.perf_counter()
     trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in environments]
     cache = Cache(model.config, len(trajs), device, dtype)
-
-    def feed(rows):
-        """Ragged lists of ids, one a row of the cache -> hidden state after the last of each (B, C)."""
-        n, T = torch.tensor([len(row) for row in rows], device=device), max(map(len, rows))  # (B,)
-        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
-        x = model(ids, cache.reserve(T), cache, n)  # (B, T, C)
-        return x[torch.arange(len(rows), device=device), n - 1]
-
-    feed([traj.task for traj in trajs])  # the trunk: encoded once an episode
+    feed(model, cache, [traj.task for traj in trajs])  # the trunk: encoded once an episode
     cache.keep_prompt()
-    live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
+    live = trajs  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something was pruned, only the task is still in the cache.
-        pending, pruned = [], []
-        for i in live:
-            pruned.append(trajs[i].open_turn(policy))
-            seen = 0 if pruned[-1] else trajs[i].cached
-            pending.append(trajs[i].branches[-1].ids[seen:])
+        pruned = [traj.open_turn(policy) for traj in live]
         cache.rollback(torch.tensor(pruned, device=device))
-        hidden = feed(pending)  # (B, C)
-
-        # 2. All write side by side, each until its <end> or its cap. When a quarter has, the rest move up.
-        caps = [turn_cap(trajs[i].env.n_objectives) for i in live]
-        cap, width = torch.tensor(caps, device=device), max(caps)  # (B,)
-        uniform = None
-        if rngs is not None:  # an episode draws as many numbers whatever its neighbours do
-            uniform = np.stack([np.pad(1 - rngs[i].random(c), (0, width - c)) for i, c in zip(live, caps)])
-            uniform = torch.tensor(uniform, device=device, dtype=dtype)  # (B, width)
-        ids = torch.zeros(len(live), width, device=device, dtype=torch.long)  # (B, width)
-        logp, value = torch.zeros_like(ids, dtype=dtype), torch.zeros_like(ids, dtype=dtype)  # (B, width)
-        length = torch.zeros_like(cap)  # (B,) tokens written
-        row = torch.arange(len(live), device=device)  # row[b]: whose turn is in row b of the cache
-        writing = torch.ones_like(row, dtype=torch.bool)  # (B,)
-        for t in range(width):
-            at = row[: cache.B], t
-            ids[at], logp[at] = sample(model.logits(hidden), None if uniform is None else uniform[at])
-            value[at] = model.value(hidden)
-            length[row[: cache.B][writing]] += 1
-            writing &= (ids[at] != END) & (t + 1 < cap[row[: cache.B]])
-            n_writing = int(writing.sum())
-            if n_writing == 0:
-                break
-            if n_writing <= 0.75 * cache.B:
-                order = writing.logical_not().int().argsort(stable=True)  # those who still write first
-                cache.reorder(order)
-                row[: cache.B] = row[order]
-                cache.B, writing = n_writing, writing[order[:n_writing]]
-            token = ids[row[: cache.B], t][:, None]  # (B, 1)
-            hidden = model(token, cache.reserve(1), cache, writing.long())[:, 0]  # (B, C)
-
+        pending = [traj.branches[-1].ids[0 if new else traj.cached :] for traj, new in zip(live, pruned)]
+        hidden = feed(model, cache, pending)  # (B, C)
+        # 2. All write. An episode draws as many numbers whatever its neighbours do.
+        caps, uniform = [turn_cap(traj.env.n_objectives) for traj in live], None
+        if rngs is not None:
+            draws = [np.pad(1 - rng.random(cap), (0, max(caps) - cap)) for rng, cap in zip(rngs, caps)]
+            uniform = torch.tensor(np.stack(draws), device=device, dtype=dtype)  # (B, max cap)
+        wrote, row = write(model, cache, hidden, caps, uniform)
         # 3. The environments answer; episodes that are over leave the batch.
-        cache.B, row = len(live), row.tolist()
-        ids, logp, value, length = ids.tolist(), logp.tolist(), value.tolist(), length.tolist()
-        for i, *wrote, n in zip(live, ids, logp, value, length):
-            trajs[i].close_turn(*(x[:n] for x in wrote))
-        rows = [b for b, r in enumerate(row) if not trajs[live[r]].env.done]
-        live = [live[row[b]] for b in rows]
-        cache.reorder(torch.tensor(rows, device=device, dtype=torch.long))
-        cache.B = len(rows)
+        for traj, turn in zip(live, wrote):
+            traj.close_turn(*turn)
+        going = [b for b, r in enumerate(row) if not live[r].env.done]
+        cache.reorder(torch.tensor(going, device=device, dtype=torch.long))
+        cache.B, rngs = len(going), rngs and [rngs[row[b]] for b in going]
+        live = [live[row[b]] for b in going]
     for traj in trajs:
         traj.seconds, traj.kv_bytes = (time.perf_counter() - started) / len(trajs), cache.nbytes() // len(trajs)
     return trajs
+
+
+def feed(model, cache, rows):
+    """Put ragged lists of ids, one a row of the cache, behind what is there -> the hidden state after each (B, C)."""
+    device, T = model.emb.weight.device, max(map(len, rows))
+    n = torch.tensor([len(row) for row in rows], device=device)  # (B,)
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
+    x = model(ids, cache.reserve(T), cache, n)  # (B, T, C)
+    return x[torch.arange(len(rows), device=device), n - 1]  # (B, C)
+
+
+def write(model, cache, hidden, caps, uniform):
+    """One turn of every row: sample until <end>, or until the row's cap. hidden (B, C) predicts the first token.
+
+    Returns what each row wrote [(ids, logp, value), ...], and `row`: row[b] is whose tokens are in row b of
+    the cache now, since rows that have ended make room: when a quarter has, the others move up.
+    """
+    B, device, dtype = len(caps), hidden.device, hidden.dtype
+    cap = torch.tensor(caps, device=device)  # (B,)
+    ids = torch.zeros(B, max(caps), device=device, dtype=torch.long)  # (B, max cap)
+    logp, value = torch.zeros_like(ids, dtype=dtype), torch.zeros_like(ids, dtype=dtype)  # (B, max cap)
+    length = torch.zeros_like(cap)  # (B,) tokens written
+    row = torch.arange(B, device=device)  # (B,)
+    writing = torch.ones_like(row, dtype=torch.bool)  # (cache.B,), in the order of the cache
+    for t in range(max(caps)):
+        mine = row[: cache.B]
+        ids[mine, t], logp[mine, t] = sample(model.logits(hidden), None if uniform is None else uniform[mine, t])
+        value[mine, t] = model.value(hidden)
+        length[mine] += writing
+        writing = writing & (ids[mine, t] != END) & (t + 1 < cap[mine])
+        n_writing = int(writing.sum())  # the one wait for the device in this loop, with the one in reserve()
+        if n_writing == 0:
+            break
+        if n_writing <= 0.75 * cache.B:
+            order = writing.logical_not().int().argsort(stable=True)  # those who still write first
+            cache.reorder(order)
+            row[: cache.B] = mine[order]
+            cache.B, writing = n_writing, writing[order[:n_writing]]
+        token = ids[row[: cache.B], t][:, None]  # (cache.B, 1)
+        hidden = model(token, cache.reserve(1), cache, writing.long())[:, 0]  # (cache.B, C)
+    cache.B = B
+    columns = zip(ids.tolist(), logp.tolist(), value.tolist(), length.tolist())
+    return [(i[:n], l[:n], v[:n]) for i, l, v, n in columns], row.tolist()
 
 
 def sample(logits, uniform=None):
