@@ -219,9 +219,10 @@ def primer(rng, longest):
     if skill == "copy":  # a list of words
         items = draw(n, NAMES)
         text, target = items, [(items, True)]
-    elif skill == "edit":  # a list of pairs, the value of its last one replaced
-        value = any_of(NAMES)
-        text, target = [*pairs, " .", value], [([*pairs[:-1], keys[-1], value], True)]
+    elif skill == "edit":  # a list of pairs with an unfinished last entry, of which the first two words become one
+        value, rest = any_of(NAMES), [*draw(rng.integers(0, 3), RELATIONS), any_of([*INDICES, STOP])]
+        text = [*pairs, any_of(RELATIONS), *rest, " .", value]
+        target = [([*pairs[:-1], keys[-1], value, *rest], True)]
     elif skill == "append":  # a list of pairs, with one more
         text, target = [*pairs[:-1], " .", pairs[-1]], [(pairs, True)]
     elif skill == "recall":  # the values of some keys

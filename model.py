@@ -68,8 +68,12 @@ class GPT(nn.Module):
         return F.linear(x, self.emb.weight)
 
     def value(self, x):
-        """(..., C) -> (...): what the rest of the episode is expected to earn."""
-        return self.value_head(x).squeeze(-1)
+        """(..., C) -> (...): what the rest of the episode is expected to earn.
+
+        Adam moves every weight by about lr at every step, however noisy the returns, and the sum of C of
+        them by up to C lr. Scaled down, the value keeps still enough to be of use as a baseline.
+        """
+        return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
     def _frequencies(self, device):
         return 10000.0 ** (-torch.arange(0, self.rope, 2, device=device) / self.rope)  # (rope/2,)

@@ -467,7 +467,7 @@ def test_ppo_learns_to_carry_a_cue_in_the_internal_state_and_can_not_with_the_st
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(ENC.n_vocab, n_layer=1, n_head=2, n_embd=32))
         gpt.logits = lambda x: GPT.logits(gpt, x) + allowed
-        cfg = train.Config(device="cpu", ppo_batch=64, kl_coef=0.0)
+        cfg = train.Config(device="cpu", ppo_batch=64, kl_coef=0.0, primer_coef=0.0)
         learner, optimiser = train.Learner(gpt), torch.optim.AdamW(gpt.parameters(), lr=3e-3)
         rows = [train.reinforce(cfg, learner, optimiser, gpt, policy, [Cue([step, i]) for i in range(64)], step, 0, 1)
                 for step in range(40)]

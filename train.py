@@ -64,23 +64,25 @@ class Config:
     n_head: int = 4
     n_embd: int = 96
     # primer
-    primer_steps: int = 1500
+    primer_steps: int = 900
     primer_batch: int = 64  # exercises a step
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
     # demos
-    demos_steps: int = 1500
+    demos_steps: int = 900
     demos_batch: int = 32  # episodes a step
-    demos_primer: int = 12  # exercises beside them, or reading skills erode
+    demos_primer: int = 16  # exercises beside them, or reading skills erode
     demos_lr: float = 2e-3
-    forget: float = 0.2  # the demonstrator loses each remembered answer with this probability a turn
+    forget: float = 0.4  # the demonstrator loses each remembered answer with this probability a turn
     hurry: float = 0.3  # share of demonstrations with too few turns, and share with more than enough
     # ppo
-    ppo_steps: int = 120
+    ppo_steps: int = 140
     ppo_batch: int = 64  # episodes a step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
-    ppo_lr: float = 3e-4
+    ppo_primer: int = 16  # exercises beside each minibatch, or reading skills erode
+    primer_coef: float = 0.3  # their weight
+    ppo_lr: float = 2e-4
     clip: float = 0.2  # of the ratio, and of the value's move
     kl_coef: float = 0.02  # price of leaving the demos policy, nats a token
     value_coef: float = 0.1  # weight of the value loss: the trunk is shared
@@ -91,7 +93,7 @@ class Config:
     weight_decay: float = 0.01
     pack_tokens: int = 4096  # tokens a forward pass
     # evaluation
-    eval_every: int = 20  # ppo steps between looks at 2 and 16 objectives; also between checkpoints
+    eval_every: int = 28  # ppo steps between looks at 2 and 16 objectives; also between checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # a cell of the final table
     valid_episodes: int = 64  # a look
@@ -100,7 +102,7 @@ class Config:
 PRESETS = {
     "cpu": {},
     "debug": dict(out="runs/debug", nproc=1, n_layer=2, n_embd=48, n_head=2, primer_steps=40, primer_longest=4, demos_steps=40,
-                  demos_batch=8, demos_primer=8, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
+                  demos_batch=8, demos_primer=8, ppo_primer=4, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
                   eval_objectives=(1, 2, 4), eval_episodes=8, valid_episodes=4),
     "gpu": dict(out="runs/gpu", n_layer=8, n_embd=512, n_head=8, primer_steps=4000, primer_batch=1024, primer_lr=1e-3,
                 demos_steps=4000, demos_batch=512, demos_primer=512, demos_lr=5e-4, ppo_steps=400, ppo_batch=1024,
@@ -183,19 +185,26 @@ def most(tensor):
     return tensor
 
 
-def optimise(learner, optimiser, cfg, packs, losses):
-    """One optimiser step on the sum of losses(pack) over packs and processes. Returns the gradient's norm.
+def optimise(learner, optimiser, cfg, work):
+    """One optimiser step on `work` [(pack, loss of (pack, logp, value, entropy)), ...], summed over all processes.
 
-    Gradients meet in the last backward pass only. DDP takes their mean, hence the factor.
+    Returns the gradient's norm. Gradients meet in the last backward pass only. DDP takes their mean, hence
+    the factor.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimiser.zero_grad(set_to_none=True)
-    for k, batch in enumerate(packs):
-        with learner.no_sync() if world_size > 1 and k < len(packs) - 1 else contextlib.nullcontext():
-            (losses(batch, *learner(batch)) * world_size).backward()
+    for k, (batch, loss) in enumerate(work):
+        batch = batch.to(cfg.device)
+        with learner.no_sync() if world_size > 1 and k < len(work) - 1 else contextlib.nullcontext():
+            (loss(batch, *learner(batch)) * world_size).backward()
     norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip)
     optimiser.step()
     return norm.item()
+
+
+def count(packs, cfg):
+    """Trained tokens in the packs of all processes: what a sum of losses is divided by."""
+    return total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
 
 
 def schedule(step, steps, warmup):
@@ -209,22 +218,27 @@ def schedule(step, steps, warmup):
 
 def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     """Maximum likelihood of exercises (agent None) or of demonstrations with some exercises beside them."""
-    count = cfg.demos_primer if agent else cfg.primer_batch
+    exercises = cfg.demos_primer if agent else cfg.primer_batch
     ramp = 1.0 if agent else min(1.0, step / (0.6 * cfg.primer_steps))
     length = round(2 + ramp * (cfg.primer_longest - 2))
     key = step + (cfg.primer_steps if agent else 0)  # the exercises go on, they do not start again
-    trajs = [exercise(cfg, key, i, length) for i in range(rank, count, world_size)]
+    trajs = [exercise(cfg, key, i, length) for i in range(rank, exercises, world_size)]
     if agent:
         trajs += [demonstration(cfg, agent, step, i, longest) for i in range(rank, cfg.demos_batch, world_size)]
-    packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens)]
-    n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
+    packs = pack(trajs, cfg.pack_tokens)
+    n = count(packs, cfg)
+    # The critic learns from the demonstrator's returns, so that PPO starts with one (value pretraining, arXiv
+    # 2503.01491). Exercises earn nothing; weight 0 rather than none, since DDP waits for the value head's gradient.
+    ret = torch.tensor([traj.reward if traj.env else 0.0 for traj in trajs for branch in traj.branches for _ in range(sum(branch.trained))])
+    weight = torch.tensor([0.0 if traj.env is None else cfg.value_coef for traj in trajs for branch in traj.branches for _ in range(sum(branch.trained))])
+    ret, weight = ret.to(cfg.device), weight.to(cfg.device)  # each (M,)
     summed = torch.zeros(1, device=cfg.device)
 
     def losses(batch, logp, value, entropy):
         summed.sub_(logp.detach().sum())
-        return (-logp.sum() + 0.0 * value.sum()) / n  # the value head takes part, with no gradient: DDP waits for it
+        return (-logp + weight[batch.index] * 0.5 * (value - ret[batch.index]) ** 2).sum() / n
 
-    norm = optimise(learner, optimiser, cfg, packs, losses)
+    norm = optimise(learner, optimiser, cfg, [(p, losses) for p in packs])
     return dict(loss=(total(summed) / n).item(), norm=norm, tokens=int(n))
 
 
@@ -263,13 +277,18 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
         loss = ppo.policy_loss(logp, old, adv[i], cfg.clip) + cfg.value_coef * ppo.value_loss(value, v, ret[i], cfg.clip)
         return loss.sum() / n
 
+    def read(batch, logp, value, entropy):  # a little of the primer, or reading skills erode
+        return (0.0 * value.sum() - cfg.primer_coef * logp.sum()) / n_reading
+
     for epoch in range(cfg.ppo_epochs):
         order = rng(cfg.seed, PPO, step, epoch, 3).permutation(cfg.ppo_batch)  # of all processes
         for k, chosen in enumerate(np.array_split(order, cfg.ppo_minibatches)):
             chosen = [e // world_size for e in sorted(chosen) if e % world_size == rank]
-            packs = [p.to(cfg.device) for p in pack(trajs, cfg.pack_tokens, which=chosen)]
-            n = total(torch.tensor(float(sum(len(p.target) for p in packs)), device=cfg.device))
-            norm = optimise(learner, optimiser, cfg, packs, losses)
+            packs = pack(trajs, cfg.pack_tokens, which=chosen)
+            key = cfg.primer_steps + cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+            reading = pack([exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)], cfg.pack_tokens)
+            n, n_reading = count(packs, cfg), count(reading, cfg)
+            norm = optimise(learner, optimiser, cfg, [(p, losses) for p in packs] + [(p, read) for p in reading])
     n, entropy, kl, clip = total(sums).tolist()
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
@@ -479,7 +498,7 @@ def check(cfg, error):
     for name in "objectives", "eval_objectives":
         if not all(1 <= n <= farthest for n in getattr(cfg, name)):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
-    for name in "primer_batch", "demos_batch", "ppo_batch", "valid_episodes", "eval_episodes":
+    for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
         if getattr(cfg, name) < cfg.nproc:
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {cfg.nproc} processes (--nproc)")
     if not 2 <= cfg.primer_longest <= len(envs.INDICES):
