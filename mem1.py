@@ -151,6 +151,11 @@ class Trajectory:
         """Share of the objectives answered exactly: the paper's EM count, scaled to 0..1."""
         return self.env.em / self.env.n_objectives
 
+    @property
+    def n_trained(self):
+        """Tokens that the agent chose."""
+        return sum(sum(branch.trained) for branch in self.branches)
+
 
 # ----------------------------------------------------------------------------------------------
 # Context policies: of the turns so far, the tokens that the next turn sees (the task is always seen).
@@ -356,6 +361,11 @@ def _collate(trajs, chunk, tasks):
                   parent=[tasks[i] for i, _, _ in chunk], at=np.concatenate(at), target=np.concatenate(target),
                   index=np.concatenate(index))
     return Pack(**{name: torch.as_tensor(np.asarray(array)) for name, array in arrays.items()})
+
+
+def recorded(trajs, name):
+    """What the sampler wrote down ("logp", "value" or "ids") of all trained tokens, flat, in the order of sampling."""
+    return [x for traj in trajs for branch in traj.branches for x, trained in zip(getattr(branch, name), branch.trained) if trained]
 
 
 def evaluate(model, pack):

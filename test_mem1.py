@@ -25,7 +25,7 @@ import mem1
 import model as model_py
 import ppo
 import train
-from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, rollout
+from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, recorded, rollout
 from model import GPT, GPTConfig, Prefix
 
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
@@ -69,11 +69,6 @@ def play(gpt, policy, turns, seed=0):
     """Trajectories of as many episodes as `turns` has entries."""
     worlds = [AnyWorld(n, [seed, i]) for i, n in enumerate(turns)]
     return rollout(gpt, worlds, policy, [np.random.default_rng([seed, i, 1]) for i in range(len(turns))])
-
-
-def recorded(trajs, name):
-    """The sampler's record of all trained tokens, flat."""
-    return [x for t in trajs for b in t.branches for x, trained in zip(getattr(b, name), b.trained) if trained]
 
 
 def learned(gpt, trajs, **kwargs):
@@ -561,7 +556,7 @@ def test_an_interrupted_run_resumed_equals_the_uninterrupted_one(finished, tmp_p
     code, text, err = script("train.py", *TINY, "--out", tmp_path / "run", interrupt=(tmp_path / "run" / "metrics.jsonl", lines, number))
     assert code == 128 + number and "--resume" in text and not err, (code, text, err)
     assert len(metrics(tmp_path / "run")) < 20
-    code, _, err = script("train.py", *TINY, "--out", tmp_path / "run", "--resume")
+    code, _, err = script("train.py", "--out", tmp_path / "run", "--resume")
     assert code == 0, err
     assert metrics(tmp_path / "run") == metrics(finished[0]) and results(tmp_path / "run")[0] == results(finished[0])[0]
 
@@ -578,7 +573,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--objectiv", "3"], "unrecognized"), (["--preset", "huge"], "invalid choice"), (["--ppo-lr", "fast"], "invalid float"),
-    (["--device", "cuda"], "no GPU"), (["--resume", "--out", "/nonexistent/run"], "does not exist"),
+    (["--device", "cuda"], "no GPU"), (["--resume", "--out", "/nonexistent/run"], "no checkpoint"),
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
@@ -590,6 +585,14 @@ def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, 
         train.main()
     message = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err
     assert exit.value.code not in (0, None) and words in message and len(message.splitlines()) == 1, message
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypatch, capsys):
+    for flags, words in ([], "holds a run already"), (["--resume", "--seed", "7"], "began with 0"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "debug", "--out", str(finished[0]), *flags])
+        with pytest.raises(SystemExit) as exit:
+            train.main()
+        assert words in (exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err)
 
 
 def test_evaluation_of_what_is_not_a_run_gets_one_line(tmp_path, monkeypatch):

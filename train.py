@@ -39,7 +39,7 @@ from tqdm import tqdm
 import envs
 import eval as evaluation
 import ppo
-from mem1 import ENC, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, pack, rollout
+from mem1 import ENC, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, pack, recorded, rollout
 from model import GPT, GPTConfig
 
 
@@ -47,7 +47,7 @@ from model import GPT, GPTConfig
 class Config:
     # run
     preset: str = "cpu"  # debug, cpu or gpu: sets several of the below at once
-    out: str = "runs/cpu"  # the run's directory
+    out: str = "runs/cpu"  # the run's directory, runs/PRESET unless given
     resume: bool = False  # go on from the last checkpoint in it
     seed: int = 0  # of everything
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
@@ -229,9 +229,9 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     n = count(packs, cfg)
     # The critic learns from the demonstrator's returns, so that PPO starts with one (value pretraining, arXiv
     # 2503.01491). Exercises earn nothing; weight 0 rather than none, since DDP waits for the value head's gradient.
-    ret = torch.tensor([traj.reward if traj.env else 0.0 for traj in trajs for branch in traj.branches for _ in range(sum(branch.trained))])
-    weight = torch.tensor([0.0 if traj.env is None else cfg.value_coef for traj in trajs for branch in traj.branches for _ in range(sum(branch.trained))])
-    ret, weight = ret.to(cfg.device), weight.to(cfg.device)  # each (M,)
+    earned = torch.tensor([[traj.reward, cfg.value_coef] if traj.env else [0.0, 0.0] for traj in trajs], device=cfg.device)  # (E, 2)
+    lengths = torch.tensor([traj.n_trained for traj in trajs], device=cfg.device)  # (E,)
+    ret, weight = earned.repeat_interleave(lengths, 0).unbind(-1)  # each (M,)
     summed = torch.zeros(1, device=cfg.device)
 
     def losses(batch, logp, value, entropy):
@@ -248,10 +248,8 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
     model = getattr(learner, "module", learner).model  # DDP or not
     trajs = rollout(model, environments, policy, [rng(cfg.seed, PPO, step, rank + world_size * i, 2) for i in range(len(environments))])
     # Weigh. All of what is trained, flat (M,), in the order of sampling.
-    flat = lambda name: torch.tensor([x for traj in trajs for branch in traj.branches for x, trained in
-                                      zip(getattr(branch, name), branch.trained) if trained], device=cfg.device)
-    old_logp, old_value = flat("logp"), flat("value")  # each (M,)
-    lengths = torch.tensor([sum(sum(branch.trained) for branch in traj.branches) for traj in trajs])  # (E,)
+    old_logp, old_value = (torch.tensor(recorded(trajs, name), device=cfg.device) for name in ("logp", "value"))  # each (M,)
+    lengths = torch.tensor([traj.n_trained for traj in trajs])  # (E,)
     last = torch.zeros(len(old_logp), dtype=torch.bool, device=cfg.device)  # (M,)
     last[lengths.cumsum(0) - 1] = True
     ref_logp = torch.zeros_like(old_logp)  # (M,)
@@ -378,7 +376,7 @@ def run(rank, world_size, cfg):
             if done % every == 0 or done == steps or stopping:
                 save(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
             if stopping:
-                say(f"stopped after {stage} step {done}/{steps}; to go on, the same command with --resume")
+                say(f"stopped after {stage} step {done}/{steps}; to go on: python train.py --out {out} --resume")
                 sys.exit(128 + stopping)
         weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         state["models"][name] = [dataclasses.asdict(model.config), weights]
@@ -398,7 +396,7 @@ def run(rank, world_size, cfg):
 def begin_metrics(out, cfg, stages, state):
     """config.json, and metrics.jsonl without the steps that an interrupted run made after its last checkpoint."""
     evaluation.write_atomically(out / "config.json", lambda path: path.write_text(
-        json.dumps(dict(config=dataclasses.asdict(cfg), **evaluation.provenance()), indent=1)))
+        json.dumps(dict(config={**dataclasses.asdict(cfg), "device": cfg.device.split(":")[0]}, **evaluation.provenance()), indent=1)))
     metrics, at = out / "metrics.jsonl", (state["stage"], state["step"])
     lines = metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []
     kept = [x for x in lines if (stages.index((json.loads(x)["stage"], json.loads(x)["agent"])), json.loads(x)["step"]) <= at]
@@ -431,8 +429,6 @@ def line(stage, agent, step, steps, row, seconds):
 def main():
     cfg = parse_arguments()
     out = Path(cfg.out)
-    if cfg.resume and not (out / "checkpoint.pt").is_file():
-        sys.exit(f"train.py: --resume: {out}/checkpoint.pt does not exist; give the --out of an interrupted run, or leave --resume away")
     if not cfg.resume and (out / "checkpoint.pt").exists():
         sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
     try:
@@ -440,7 +436,7 @@ def main():
     except OSError as error:
         sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
     if "RANK" in os.environ:  # under torchrun
-        return run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg)
+        return run(int(os.environ["RANK"]), cfg.nproc, cfg)
     if cfg.nproc == 1:
         return run(0, 1, cfg)
     with socket.socket() as s:  # a free port to meet at
@@ -470,11 +466,22 @@ def parse_arguments():
         else:
             parser.add_argument(flag, type=f.type, choices=list(PRESETS) if f.name == "preset" else None, help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    cfg = Config(**{**PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")], **given})
+    preset = PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")]
+    saved = Path(given.get("out", preset.get("out", Config.out))) / "config.json"
+    if given.get("resume"):  # a run keeps the configuration it began with, but for where it runs
+        if not saved.is_file() or not saved.with_name("checkpoint.pt").is_file():
+            parser.error(f"--resume: {saved.parent} holds no checkpoint; give the --out of an interrupted run, or leave --resume away")
+        preset = json.loads(saved.read_text())["config"]
+        for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "preset"}:
+            if given[name] != preset[name]:
+                parser.error(f"--{name.replace('_', '-')} {given[name]}: this run began with {preset[name]}; leave the flag away")
+        given.pop("preset", None)
+    cfg = Config(**{**preset, **given})
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave the flag away to train on the CPU")
+    cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc))  # under torchrun, what it says
     cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
     check(cfg, parser.error)
     return cfg
