@@ -38,8 +38,8 @@ NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
 NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)[:200]]
 INDICES = [f"#{i}" for i in range(80)]  # wider than the longest horizon to be tested
 STOP = "."  # ends the list of questions, where otherwise the next index would stand
-PRIMER = "copy edit append recall fact section".split()  # the skills of reading, see primer()
-WORDS = [*NAMES, *RELATIONS, *INDICES, *PRIMER, STOP, "left", "answer", "now", "nothing", "found"]
+SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
+WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, STOP, "left", "answer", "now", "nothing", "found"]
 
 
 class ComposedQA:
@@ -215,7 +215,7 @@ def primer(rng, longest):
     any_of = lambda pool: f" {pool[rng.integers(len(pool))]}"
     keys = draw(n, INDICES)
     pairs = [key + any_of(NAMES) for key in keys]
-    skill = PRIMER[rng.integers(len(PRIMER))]
+    skill = SKILLS[rng.integers(len(SKILLS))]
     if skill == "copy":  # a list of words
         items = draw(n, NAMES)
         text, target = items, [(items, True)]

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
-from mem1 import ENC, IS, POLICIES, rollout
+from mem1 import ENC, POLICIES, rollout
 from model import GPT, GPTConfig
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
@@ -85,11 +85,10 @@ def show(traj, policy, color):
     before = []
     for t, turn in enumerate(traj.turns):
         kept = policy(traj.turns[:t]) if t else []
-        parts = {"-": [], "=": []}
-        for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, autojunk=False).get_opcodes():
-            parts["=" if op == "equal" else "-"] += before[a:b]
+        changes = difflib.SequenceMatcher(None, before, kept, autojunk=False).get_opcodes()
+        pruned = [token for op, a, b, _, _ in changes if op != "equal" for token in before[a:b]]
         print(f"turn {t + 1}")
-        for mark, code, ids in ("-", "2;9", parts["-"]), ("=", "36", kept), ("+", "1;32", turn.state + turn.action):
+        for mark, code, ids in ("-", "2;9", pruned), ("=", "36", kept), ("+", "1;32", turn.state + turn.action):
             if ids:
                 print(paint(code, f"     {mark} {ENC.decode(ids)}"))
         before = kept + turn.state + turn.action + turn.info

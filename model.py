@@ -71,7 +71,7 @@ class GPT(nn.Module):
         """(..., C) -> (...): what the rest of the episode is expected to earn.
 
         Adam moves every weight by about lr at every step, however noisy the returns, and the sum of C of
-        them by up to C lr. Scaled down, the value keeps still enough to be of use as a baseline.
+        them by up to C lr. Scaled down, the value adds less noise of its own to the advantages.
         """
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 

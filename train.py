@@ -112,7 +112,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------
 # Randomness, and the data of each stage
 
-PRIMER, DEMOS, PPO, VALID = range(4)  # first part of a key; evaluation has its own, eval.TEST
+PRIMER, DEMOS, PPO = range(3)  # second entry of a key; eval.VALID and eval.TEST are the others
 
 
 def rng(seed, stage, step, episode, what=0):
@@ -410,7 +410,7 @@ def gpt_config(cfg):
 def depth_needed(cfg, agent):
     """Tokens in the longest context at the farthest horizon to be tested: positions are trained up to there."""
     n = max(cfg.eval_objectives)
-    trajs = [demonstrate(world(cfg, cfg.seed, VALID, 0, i, n), POLICIES[agent], rng(cfg.seed, VALID, 0, i, 2)) for i in range(4)]
+    trajs = [demonstrate(world(cfg, cfg.seed, evaluation.VALID, 0, i, n), POLICIES[agent], rng(cfg.seed, evaluation.VALID, 0, i, 2)) for i in range(4)]
     return max(len(traj.task) + traj.peak for traj in trajs)
 
 
