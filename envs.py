@@ -2,7 +2,7 @@
 
     >>> env = ComposedQA(n_objectives=2, hops=(1, 2), seed=3)
     >>> env.prompt
-    ' #64 jelo pupil #65 milu pupil neighbour .'
+    ' #64 : jelo pupil #65 :: milu pupil neighbour .'
     >>> env.step("query", "jelo pupil")
     ' left=5 jelo heir doza, jelo rival koza, jelo pupil jero'
     >>> env.step("query", "milu pupil")
@@ -13,7 +13,7 @@
     ('', True, 1, 2)
 
 A task is made by composing N independent questions (MEM1 sec. 3.4). A question is an index, a name
-and a chain of relations: `#65 milu pupil neighbour` asks for the neighbour of the pupil of milu. The
+and a chain of relations: `#65 :: milu pupil neighbour` asks for the neighbour of the pupil of milu. The
 facts are drawn anew for every episode, so nothing can be memorised in the weights: the agent has to
 search for each hop, and has to carry each answer to the end, where all are asked for at once.
 
@@ -37,9 +37,10 @@ _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
 NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)[:200]]
 INDICES = [f"#{i}" for i in range(80)]  # wider than the longest horizon to be tested
+COLONS = [":" * i for i in range(1, 6)]  # see asked()
 STOP = "."  # ends the list of questions, where otherwise the next index would stand
 SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
-WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, STOP, "left", "answer", "now", "nothing", "found"]
+WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, STOP, "left", "answer", "now", "nothing", "found"]
 
 
 class ComposedQA:
@@ -78,7 +79,7 @@ class ComposedQA:
                 facts += [(str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
                 self.facts += [f"{subject} {r} {o}" for r, o in facts]
                 subject = answer
-            self.questions.append(" ".join([INDICES[first + i], start, *chain]))
+            self.questions.append(" ".join([INDICES[first + i], *asked(start, chain)]))
             self.golds.append((INDICES[first + i], answer))
         self.facts = [self.facts[i] for i in rng.permutation(len(self.facts))]
         self.prompt = " " + " ".join([*self.questions, STOP])
@@ -129,6 +130,14 @@ class ComposedQA:
         return [self.facts[page] for page in sorted(best)]
 
 
+def asked(subject, relations):
+    """A question as words: `:: milu pupil neighbour`, a colon for each relation still to be followed.
+
+    With none left it is the answer. So it shows at its first word how much is left to do.
+    """
+    return [":" * len(relations), subject, *relations] if relations else [subject]
+
+
 def words(text):
     """Lower-case words of any text: the normalisation of the paper's EM, without its articles."""
     return re.findall(r"#?\w+", text.lower())
@@ -163,38 +172,39 @@ def demonstrator(prompt, rng, forget=0.0, whole=True):
 
     It sees what the agent sees, no more. Its state first says what was found, then rewrites a list a
     little: the answers so far, the question at hand as far as it is still open, and the index of the
-    question to take up next (or `.`). So nothing has to be counted, only looked up and copied:
+    question to take up next (or `.`). So nothing has to be counted, only looked up and copied. With
+    nothing left to ask, or no turn to ask in, the list is the answer, and the state only says so (`.`):
 
-        prompt   #64 jelo pupil #65 milu pupil neighbour .
-        turn 1   #64 jelo pupil #65                                      query jelo pupil
-        turn 2   jelo pupil jero #64 jero #65 milu pupil neighbour .     query milu pupil
-        turn 3   milu pupil zupe #64 jero #65 zupe neighbour .           query zupe neighbour
-        turn 4   zupe neighbour veba #64 jero #65 veba .                 answer #64 jero #65 veba
+        prompt   #64 : jelo pupil #65 :: milu pupil neighbour .
+        turn 1   #64 : jelo pupil #65                                       query jelo pupil
+        turn 2   jelo pupil jero #64 jero #65 :: milu pupil neighbour .     query milu pupil
+        turn 3   milu pupil zupe #64 jero #65 : zupe neighbour .            query zupe neighbour
+        turn 4   zupe neighbour veba .                                      answer #64 jero #65 veba
 
-    rng, forget  before each turn every answer in memory is lost with this probability: what is
-                 left for reinforcement to learn is to remember
-    whole        True: the state holds all of the memory (the agent will see no other).
-                 False: only what is new in it, for an agent whose context keeps the older states
+    forget   in this share of its episodes the demonstrator is forgetful, and loses every answer in
+             memory with probability 0.9 a turn: what is left for reinforcement to learn is to remember
+    whole    True: the state holds all of the memory (the agent will see no other).
+             False: only what is new in it, for an agent whose context keeps the older states
     """
-    questions = re.findall(r"(#\d+) (\w+)((?: \w+)+)", prompt)
+    questions = re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)
     following = [q[0] for q in questions[1:]] + [STOP]
     memory, fresh = [], []  # `#index answer` entries; those of them not yet written down
     found, due = [], False  # the last fact found; must it answer now
+    forgetful = rng.random() < forget
     for (index, subject, relations), then in zip(questions, following):
         relations = relations.split()
         while relations and not due:
-            state = [*found, *(memory if whole else fresh), index, subject, *relations, then]
+            state = [*found, *(memory if whole else fresh), index, *asked(subject, relations), then]
             observation = yield " ".join(state), "query", f"{subject} {relations[0]}"
-            memory, fresh = [entry for entry in memory if rng.random() >= forget], []
+            memory, fresh = [entry for entry in memory if not forgetful or rng.random() >= 0.9], []
             found = re.findall(rf"\b{subject} {relations[0]} \w+", observation)[:1]
             if found:
                 subject, relations = found[0].split()[-1], relations[1:]
             due = "answer now" in observation
-        if relations:  # the turns ran out on this question
-            break
         memory, fresh = [*memory, f"{index} {subject}"], [f"{index} {subject}"]
-    rest = [index, subject, *relations, then] if relations else [then]
-    yield " ".join([*found, *(memory if whole else fresh), *rest]), "answer", " ".join(memory)
+        if due:
+            break
+    yield " ".join([*found, STOP]), "answer", " ".join(memory)
 
 
 def primer(rng, longest):
@@ -204,40 +214,40 @@ def primer(rng, longest):
     edit it while copying, to look things up. No environment, no turn, no episode, nothing to
     remember or to prune. Lists have 2 to `longest` items.
 
-    >>> text, answer = primer(np.random.default_rng(4), 2)
+    >>> text, answer = primer(np.random.default_rng(54), 3)
     >>> text
-    ' #57 dofu pupil #75 nuga spouse .'
+    ' #17 :: gezo deputy rival #24 : ropu deputy . #17 bize #24 .'
     >>> answer
-    [(' section', False), (' #57', False), (' dofu pupil #75', True), (' #75', False), (' nuga spouse .', True), (' .', True)]
+    [(' append', False), (' #17 bize #24 : ropu deputy .', True), (' .', True)]
     """
     n = int(rng.integers(2, longest + 1))
-    draw = lambda k, pool: [f" {word}" for word in rng.choice(pool, k, replace=False)]  # k different words
-    any_of = lambda pool: f" {pool[rng.integers(len(pool))]}"
-    keys = draw(n, INDICES)
-    pairs = [key + any_of(NAMES) for key in keys]
-    skill = SKILLS[rng.integers(len(SKILLS))]
+    draw = lambda k, pool: [str(word) for word in rng.choice(pool, k, replace=False)]  # k different words
+    any_of = lambda pool: pool[rng.integers(len(pool))]
+    keys, values = draw(n, INDICES), [any_of(NAMES) for _ in range(n)]
+    pairs = [f"{key} {value}" for key, value in zip(keys, values)]
+    sections = [" ".join(asked(any_of(NAMES), draw(rng.integers(1, 4), RELATIONS))) for _ in keys]
+    sections = [f"{section} {then}" for section, then in zip(sections, [*keys[1:], STOP])]  # up to and with the next heading
+    skill = any_of(SKILLS)
     if skill == "copy":  # a list of words
-        items = draw(n, NAMES)
-        text, target = items, [(items, True)]
-    elif skill == "edit":  # a list of pairs with an unfinished last entry, of which the first two words become one
-        value, rest = any_of(NAMES), [*draw(rng.integers(0, 3), RELATIONS), any_of([*INDICES, STOP])]
-        text = [*pairs, any_of(RELATIONS), *rest, " .", value]
-        target = [([*pairs[:-1], keys[-1], value, *rest], True)]
-    elif skill == "append":  # a list of pairs, with one more
-        text, target = [*pairs[:-1], " .", pairs[-1]], [(pairs, True)]
+        text = draw(n, NAMES)
+        target = [(text, True)]
+    elif skill == "edit":  # a list of pairs with a question at its end, that comes by the answer to its first step
+        chain, answer, then = draw(rng.integers(1, 4), RELATIONS), any_of(NAMES), any_of([*INDICES, STOP])
+        text = [*pairs[:-1], keys[-1], *asked(values[-1], chain), then, STOP, answer]
+        target = [([*pairs[:-1], keys[-1], *asked(answer, chain[1:]), then], True)]
+    elif skill == "append":  # a list of pairs, and behind it the section that its last key names
+        some = rng.permutation(n)[: rng.integers(1, n + 1)]
+        text = [keys[0], *sections, *(pairs[i] for i in some[:-1]), keys[some[-1]], STOP]
+        target = [([*text[n + 1 : -1], sections[some[-1]]], True)]
     elif skill == "recall":  # the values of some keys
-        asked = rng.permutation(n)[:8]
-        text, target = pairs, [part for i in asked for part in (([keys[i]], False), ([pairs[i][len(keys[i]) :]], True))]
+        text, target = pairs, [part for i in rng.permutation(n)[:8] for part in (([keys[i]], False), ([values[i]], True))]
+    elif skill == "section":  # what stands under some headings
+        text, target = [keys[0], *sections], [part for i in rng.permutation(n)[:4] for part in (([keys[i]], False), ([sections[i]], True))]
     elif skill == "fact":  # what stands behind two given words, where each of them occurs elsewhere too
         subjects, relations = draw(max(2, n // 3), NAMES), draw(3, RELATIONS)
-        facts = [(s + r, any_of(NAMES)) for s in subjects for r in relations]
+        facts = [(f"{s} {r}", any_of(NAMES)) for s in subjects for r in relations]
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
-        asked = rng.permutation(n)[:8]
-        text = [head + value + "," for head, value in facts]
-        target = [part for i in asked if i < len(facts) for part in (([facts[i][0]], False), ([facts[i][1]], True))]
-    elif skill == "section":  # what stands under a heading, up to and with the next heading
-        bodies = ["".join([any_of(NAMES), *draw(rng.integers(1, 4), RELATIONS)]) for _ in keys]
-        text = [*(key + body for key, body in zip(keys, bodies)), " ."]
-        asked = rng.permutation(n)[:4]
-        target = [part for i in asked for part in (([keys[i]], False), ([bodies[i], [*keys, " ."][i + 1]], True))]
-    return "".join(text), [(" " + skill, False), *(("".join(words), learn) for words, learn in target), (" .", True)]
+        text = [f"{head} {value}," for head, value in facts]
+        target = [part for i in rng.permutation(len(facts))[:8] for part in (([facts[i][0]], False), ([facts[i][1]], True))]
+    phrase = lambda words: " " + " ".join(words)
+    return phrase(text), [(phrase([skill]), False), *((phrase(words), learn) for words, learn in target), (phrase([STOP]), True)]

@@ -25,7 +25,7 @@ import mem1
 import model as model_py
 import ppo
 import train
-from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, recorded, rollout
+from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, TASK, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, recorded, rollout
 from model import GPT, GPTConfig, Prefix
 
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
@@ -193,7 +193,7 @@ def test_other_pruned_text_changes_nothing_bitwise_and_other_kept_text_does():
         branch.ids[:] = [(token + 1) % 256 for token in branch.ids]
     after = learned(gpt, [traj])[0]
     assert (after[cut:] == before[cut:]).all() and (after[:cut] != before[:cut]).any()
-    traj.branches[2].ids[1] ^= 1  # a kept token, read again
+    traj.branches[2].ids[1] = (traj.branches[2].ids[1] + 1) % 256  # a kept token, read again
     assert (learned(gpt, [traj])[0][cut : cut + per_branch[2]] != before[cut : cut + per_branch[2]]).all()
 
 
@@ -334,7 +334,7 @@ def test_the_demonstrator_solves_every_size_unless_it_forgets_or_has_no_turns(n,
     for seed in range(5):
         env = run_demonstrator(envs.ComposedQA(n, hops, seed=seed))
         assert (env.em, env.f1, env.cause) == (n, n, "answered")
-    assert run_demonstrator(envs.ComposedQA(16, seed=0), forget=0.3).em < 8
+    assert run_demonstrator(envs.ComposedQA(16, seed=0), forget=1.0).em < 8
     hurried = run_demonstrator(envs.ComposedQA(16, seed=0, max_turns=10))
     assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
 
@@ -452,20 +452,33 @@ class Cue:
         return self.cue if self.turn == 1 else ""
 
 
+def hint_at_cue(env, policy, draw):
+    """A demonstrator who writes the cue in half of its states and answers, and any word in the others."""
+    traj, words = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]), [env.cue, *env.words]
+    token = lambda: ENC.encode_single_token(words[draw.choice(3, p=[0.5, 0.25, 0.25])])
+    while not env.done:
+        traj.open_turn(policy)
+        traj.close_turn([token(), QUERY, token(), END])
+    return traj
+
+
 def test_ppo_learns_to_carry_a_cue_in_the_internal_state_and_can_not_with_the_state_blanked(monkeypatch):
     monkeypatch.setattr(mem1, "turn_cap", lambda n: 5)
     allowed = torch.full((ENC.n_vocab,), -1e9)
-    allowed[[*(ENC.encode_single_token(word) for word in Cue.words), QUERY, END]] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    allowed[[*(ENC.encode_single_token(word) for word in Cue.words), QUERY, END]] = 0.0
     through_the_state, blanked = lambda turns: turns[-1].state + turns[-1].info, lambda turns: turns[-1].info
     earned = []
     for policy in through_the_state, blanked:
         torch.manual_seed(0)
-        gpt = GPT(GPTConfig(ENC.n_vocab, n_layer=1, n_head=2, n_embd=32))
+        gpt = GPT(GPTConfig(ENC.n_vocab, n_layer=2, n_head=2, n_embd=32))
         gpt.logits = lambda x: GPT.logits(gpt, x) + allowed
-        cfg = train.Config(device="cpu", ppo_batch=64, kl_coef=0.0, primer_coef=0.0)
+        cfg = train.Config(device="cpu", ppo_batch=64, kl_coef=0.0, primer_coef=0.0, ppo_primer=1, primer_longest=2)
         learner, optimiser = train.Learner(gpt), torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+        for step in range(60):
+            packs = pack([hint_at_cue(Cue([9, step, i]), policy, np.random.default_rng([step, i])) for i in range(32)])
+            train.optimise(learner, optimiser, cfg, [(p, lambda p, logp, value, entropy: -logp.mean()) for p in packs])
         rows = [train.reinforce(cfg, learner, optimiser, gpt, policy, [Cue([step, i]) for i in range(64)], step, 0, 1)
-                for step in range(40)]
+                for step in range(30)]
         earned.append(np.mean([row["reward"] for row in rows[-5:]]))
         assert max(row["gap"] for row in rows) < 1e-4
     assert earned[0] > 0.9 and earned[1] < 0.65, earned

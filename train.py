@@ -64,7 +64,7 @@ class Config:
     n_head: int = 4
     n_embd: int = 96
     # primer
-    primer_steps: int = 900
+    primer_steps: int = 800
     primer_batch: int = 64  # exercises a step
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
@@ -73,10 +73,10 @@ class Config:
     demos_batch: int = 32  # episodes a step
     demos_primer: int = 16  # exercises beside them, or reading skills erode
     demos_lr: float = 2e-3
-    forget: float = 0.4  # the demonstrator loses each remembered answer with this probability a turn
+    forget: float = 0.6  # share of demonstrations by a demonstrator who forgets
     hurry: float = 0.3  # share of demonstrations with too few turns, and share with more than enough
     # ppo
-    ppo_steps: int = 140
+    ppo_steps: int = 112
     ppo_batch: int = 64  # episodes a step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
@@ -316,7 +316,7 @@ def run(rank, world_size, cfg):
     for agent in ("mem1", "full") if cfg.full else ("mem1",):
         stages += [("demos", agent), ("ppo", agent)]
     steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, ppo=cfg.ppo_steps)
-    state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None)
+    state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
     if cfg.resume:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     started = time.perf_counter() - state["seconds"]
@@ -366,6 +366,8 @@ def run(rank, world_size, cfg):
                 for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
                     look = evaluation.measure(model, agent, cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
                     row.update({f"{key}@{n}": look[key] for key in ("em", "peak")})
+                if stage == "ppo" and (not state["best"] or look["em"] >= state["best"][0]):  # at the farther horizon
+                    state["best"] = [look["em"], weights_of(model)]
             if rank == 0:
                 row = dict(stage=stage, agent=agent, step=done, minutes=(time.perf_counter() - started) / 60, **row)
                 with open(out / "metrics.jsonl", "a") as file:
@@ -378,9 +380,9 @@ def run(rank, world_size, cfg):
             if stopping:
                 say(f"stopped after {stage} step {done}/{steps}; to go on: python train.py --out {out} --resume")
                 sys.exit(128 + stopping)
-        weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        weights = state["best"][1] if stage == "ppo" else weights_of(model)  # PPO: early stopping, chosen by validation
         state["models"][name] = [dataclasses.asdict(model.config), weights]
-        save(stage=state["stage"] + 1, step=0, model=None, optimiser=None)
+        save(stage=state["stage"] + 1, step=0, model=None, optimiser=None, best=None)
 
     policies = [name for name in ("mem1", "mem1-demos", "full", "full-demos") if name in state["models"]]
     results = evaluation.table(state["models"], cfg, policies, say, cfg.eval_episodes, rank, world_size, cfg.device)
@@ -401,6 +403,10 @@ def begin_metrics(out, cfg, stages, state):
     lines = metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []
     kept = [x for x in lines if (stages.index((json.loads(x)["stage"], json.loads(x)["agent"])), json.loads(x)["step"]) <= at]
     evaluation.write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+
+
+def weights_of(model):
+    return {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
 
 def gpt_config(cfg):
