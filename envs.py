@@ -38,9 +38,10 @@ NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
 NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)[:200]]
 INDICES = [f"#{i}" for i in range(80)]  # wider than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
+LIST = ";"  # begins the list that an agent keeps
 STOP = "."  # ends the list of questions, where otherwise the next index would stand
 SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
-WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, STOP, "left", "answer", "now", "nothing", "found"]
+WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "answer", "now", "nothing", "found"]
 
 
 class ComposedQA:
@@ -173,16 +174,16 @@ def demonstrator(prompt, rng, forget=0.0, whole=True):
     It sees what the agent sees, no more. Its state first says what was found, then rewrites a list a
     little: the answers so far, the question at hand as far as it is still open, and the index of the
     question to take up next (or `.`). So nothing has to be counted, only looked up and copied. With
-    nothing left to ask, or no turn to ask in, the list is the answer, and the state only says so (`.`):
+    nothing left to ask, or no turn to ask in, the list is the answer, and `.` stands in its place:
 
         prompt   #64 : jelo pupil #65 :: milu pupil neighbour .
-        turn 1   #64 : jelo pupil #65                                       query jelo pupil
-        turn 2   jelo pupil jero #64 jero #65 :: milu pupil neighbour .     query milu pupil
-        turn 3   milu pupil zupe #64 jero #65 : zupe neighbour .            query zupe neighbour
-        turn 4   zupe neighbour veba .                                      answer #64 jero #65 veba
+        turn 1   ; #64 : jelo pupil #65                                       query jelo pupil
+        turn 2   jelo pupil jero ; #64 jero #65 :: milu pupil neighbour .     query milu pupil
+        turn 3   milu pupil zupe ; #64 jero #65 : zupe neighbour .            query zupe neighbour
+        turn 4   zupe neighbour veba .                                        answer #64 jero #65 veba
 
-    forget   in this share of its episodes the demonstrator is forgetful, and loses every answer in
-             memory with probability 0.9 a turn: what is left for reinforcement to learn is to remember
+    forget   in this share of its episodes the demonstrator is amnesic, and carries no answer on to
+             another turn: what is left for reinforcement to learn is to remember
     whole    True: the state holds all of the memory (the agent will see no other).
              False: only what is new in it, for an agent whose context keeps the older states
     """
@@ -190,13 +191,13 @@ def demonstrator(prompt, rng, forget=0.0, whole=True):
     following = [q[0] for q in questions[1:]] + [STOP]
     memory, fresh = [], []  # `#index answer` entries; those of them not yet written down
     found, due = [], False  # the last fact found; must it answer now
-    forgetful = rng.random() < forget
+    amnesic = rng.random() < forget
     for (index, subject, relations), then in zip(questions, following):
         relations = relations.split()
         while relations and not due:
-            state = [*found, *(memory if whole else fresh), index, *asked(subject, relations), then]
+            state = [*found, LIST, *(memory if whole else fresh), index, *asked(subject, relations), then]
             observation = yield " ".join(state), "query", f"{subject} {relations[0]}"
-            memory, fresh = [entry for entry in memory if not forgetful or rng.random() >= 0.9], []
+            memory, fresh = [] if amnesic else memory, []
             found = re.findall(rf"\b{subject} {relations[0]} \w+", observation)[:1]
             if found:
                 subject, relations = found[0].split()[-1], relations[1:]
@@ -216,9 +217,9 @@ def primer(rng, longest):
 
     >>> text, answer = primer(np.random.default_rng(54), 3)
     >>> text
-    ' #17 :: gezo deputy rival #24 : ropu deputy . #17 bize #24 .'
+    ' #17 :: gezo deputy rival #24 : ropu deputy . ; #17 bize #24 .'
     >>> answer
-    [(' append', False), (' #17 bize #24 : ropu deputy .', True), (' .', True)]
+    [(' append', False), (' ; #17 bize #24 : ropu deputy .', True), (' .', True)]
     """
     n = int(rng.integers(2, longest + 1))
     draw = lambda k, pool: [str(word) for word in rng.choice(pool, k, replace=False)]  # k different words
@@ -233,11 +234,11 @@ def primer(rng, longest):
         target = [(text, True)]
     elif skill == "edit":  # a list of pairs with a question at its end, that comes by the answer to its first step
         chain, answer, then = draw(rng.integers(1, 4), RELATIONS), any_of(NAMES), any_of([*INDICES, STOP])
-        text = [*pairs[:-1], keys[-1], *asked(values[-1], chain), then, STOP, answer]
-        target = [([*pairs[:-1], keys[-1], *asked(answer, chain[1:]), then], True)]
+        text = [LIST, *pairs[:-1], keys[-1], *asked(values[-1], chain), then, STOP, answer]
+        target = [([LIST, *pairs[:-1], keys[-1], *asked(answer, chain[1:]), then], True)]
     elif skill == "append":  # a list of pairs, and behind it the section that its last key names
         some = rng.permutation(n)[: rng.integers(1, n + 1)]
-        text = [keys[0], *sections, *(pairs[i] for i in some[:-1]), keys[some[-1]], STOP]
+        text = [keys[0], *sections, LIST, *(pairs[i] for i in some[:-1]), keys[some[-1]], STOP]
         target = [([*text[n + 1 : -1], sections[some[-1]]], True)]
     elif skill == "recall":  # the values of some keys
         text, target = pairs, [part for i in rng.permutation(n)[:8] for part in (([keys[i]], False), ([values[i]], True))]

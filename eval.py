@@ -3,6 +3,8 @@
     python eval.py runs/cpu                # the trend: 1, 2, 4, 8, 16, 32 objectives
     python eval.py runs/cpu --show 2       # two trajectories, turn by turn: what is kept, new and pruned
     python eval.py runs/cpu --json         # the same table as JSON
+    python eval.py runs/cpu --layouts      # what the learner sees in three layouts against what acted
+    python eval.py --layouts               # the same with random weights, on demonstrations
 
 Greedy decoding. Episodes come from seeds that no training and no validation episode uses (`TEST`).
 
@@ -20,15 +22,18 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
-from mem1 import ENC, POLICIES, rollout
+from mem1 import ENC, LAYOUTS, POLICIES, TAG_IDS, Turn, demonstrate, evaluate, mem1, pack, recorded, rollout
 from model import GPT, GPTConfig
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
@@ -96,6 +101,62 @@ def show(traj, policy, color):
     print(f"       {traj.env.cause}; right would be {golds}: em {traj.env.em}/{traj.env.n_objectives}, peak {traj.peak} tokens\n")
 
 
+def layouts(model, world, horizons, episodes, say):
+    """What a layout would train against what acted, on the same MEM1 trajectories, sampled from `model`:
+
+        mean_nats, max_nats  difference of log-probability a trained token
+        leak                 the same in the last turn, when all words of turns that it did not see are exchanged
+        tokens, seconds      encoded, and taken for forward and backward pass, a trajectory
+
+    Returns {layout: {objectives: measures}}. world None: random weights, which play no episode to its end;
+    the demonstrator does, and "what acted" is then the tree.
+    """
+    say(f"{'layout':9s} {'N':>3s} {'mean nats':>10s} {'max nats':>9s} {'leak':>9s} {'tokens':>7s} {'time':>7s}   mean nats at turn 1, 2, 3, 4, 8, 16")
+    results = {}
+    for n in horizons:
+        seeds = [[0, TEST, n, i] for i in range(episodes)]
+        if world:
+            worlds = [envs.ComposedQA(n, tuple(world.hops), world.distractors, world.top_k, [*seed, 0]) for seed in seeds]
+            trajs = rollout(model, worlds, mem1, [np.random.default_rng([*seed, 2]) for seed in seeds])
+            acted = torch.tensor(recorded(trajs, "logp"))  # (M,)
+        else:
+            trajs = [demonstrate(envs.ComposedQA(n, seed=[*seed, 0]), mem1, np.random.default_rng(0)) for seed in seeds]
+            acted = learned(model, trajs)[0]
+        turn = torch.tensor([t for traj in trajs for t, this in enumerate(traj.turns) for _ in this.state[1:] + this.action])  # (M,)
+        last = torch.cat([torch.arange(traj.n_trained) >= traj.n_trained - len((traj.turns[-1].state + traj.turns[-1].action)[1:])
+                          for traj in trajs])  # (M,) in the last turn of its episode
+        for name, layout in LAYOUTS.items():
+            views = list(map(layout, trajs))
+            logp, seconds = learned(model, views)
+            off = (logp - acted).abs()  # (M,)
+            leak = (learned(model, [layout(exchange_pruned(traj)) for traj in trajs])[0] - logp).abs()[last]
+            r = dict(mean_nats=off.mean().item(), max_nats=off.max().item(), leak=leak.mean().item(), seconds=seconds / len(trajs),
+                     tokens=sum(len(v.task) + sum(len(b.ids) for b in v.branches) for v in views) / len(views))
+            results.setdefault(name, {})[str(n)] = r
+            by_turn = " ".join(f"{off[turn == t - 1].mean():.0e}" for t in (1, 2, 3, 4, 8, 16) if (turn == t - 1).any())
+            say(f"{name:9s} {n:3d} {r['mean_nats']:10.1e} {r['max_nats']:9.1e} {r['leak']:9.1e} {r['tokens']:7.0f} {r['seconds']:6.3f}s   {by_turn}")
+    return results
+
+
+def learned(model, trajs):
+    """The learner's log-probabilities (M,) of all trained tokens, and the seconds that forward and backward pass took."""
+    logp, began = torch.empty(sum(traj.n_trained for traj in trajs)), time.perf_counter()
+    for batch in pack(trajs):
+        mine = evaluate(model, batch)[0]
+        mine.sum().backward()
+        logp[batch.index] = mine.detach()
+    model.zero_grad()
+    return logp, time.perf_counter() - began
+
+
+def exchange_pruned(traj):
+    """The same trajectory with other words in what the last turn does not see: all turns but the last two."""
+    other = lambda ids: [token if token in TAG_IDS else 256 + (token - 255) % (TAG_IDS[0] - 256) for token in ids]
+    turns = [Turn(other(t.state), other(t.action), other(t.info)) for t in traj.turns[:-2]] + traj.turns[-2:]
+    branches = [replace(b, ids=other(b.ids)) for b in traj.branches[:-1]] + traj.branches[-1:]
+    return replace(traj, turns=turns, branches=branches)
+
+
 def provenance():
     """What the numbers depend on besides the seed: code and machine."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -120,42 +181,62 @@ def load_run(path):
     return world, torch.load(checkpoint, map_location="cpu", weights_only=True)["models"]
 
 
+def numbers(text):
+    """"2,16" -> [2, 16], for argparse."""
+    values = [int(n) for n in text.split(",")]
+    if not all(1 <= n <= len(envs.INDICES) for n in values):
+        raise ValueError
+    return values
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="directory of a run, e.g. runs/cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"eval.py: {message} (python eval.py --help lists the flags)\n")
+    parser.add_argument("run", nargs="?", help="directory of a run, e.g. runs/cpu")
     parser.add_argument("--policies", help="comma-separated, e.g. mem1,full-demos; default: all that the run has")
-    parser.add_argument("--objectives", help="comma-separated horizons, e.g. 2,16; default: the run's")
+    parser.add_argument("--objectives", type=numbers, help="comma-separated horizons, e.g. 2,16; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
+    parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    world, models = load_run(args.run)
+    if not args.run and not args.layouts:
+        parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
+    torch.manual_seed(0)
+    world, models = load_run(args.run) if args.run else (None, {"mem1": None})
     have = [name for name in models if name != "primer"]
     policies = args.policies.split(",") if args.policies else have
     if not set(policies) <= set(have):
         parser.error(f"--policies {args.policies}: the run has {', '.join(have) or 'none yet'}")
-    if args.objectives:
-        world.eval_objectives = [int(n) for n in args.objectives.split(",")]
-    if args.show:
+
+    def load(name):
+        config, weights = models[name]
+        model = GPT(GPTConfig(**config)).to(args.device)
+        model.load_state_dict(weights)
+        return model
+
+    say = (lambda line: None) if args.json else tqdm.write
+    if args.layouts:
+        model = load("mem1") if args.run else GPT(GPTConfig(ENC.n_vocab))
+        results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
+    elif args.show:
+        n = args.objectives[0] if args.objectives else 4
         for name in policies:
-            config, weights = models[name]
-            model, policy = GPT(GPTConfig(**config)).to(args.device), POLICIES[name.split("-")[0]]
-            model.load_state_dict(weights)
-            n = 4 if not args.objectives else world.eval_objectives[0]
             worlds = [envs.ComposedQA(n, tuple(world.hops), world.distractors, world.top_k, [0, TEST, n, i, 0]) for i in range(args.show)]
             print(f"--- {name}, {n} objectives: - pruned, = kept, + written now")
-            for traj in rollout(model, worlds, policy):
-                show(traj, policy, sys.stdout.isatty())
+            for traj in rollout(load(name), worlds, POLICIES[name.split("-")[0]]):
+                show(traj, POLICIES[name.split("-")[0]], sys.stdout.isatty())
         return
-    say = (lambda line: None) if args.json else tqdm.write
-    results = table(models, world, policies, say, args.episodes or world.eval_episodes, device=args.device)
+    else:
+        world.eval_objectives = args.objectives or world.eval_objectives
+        results = table(models, world, policies, say, args.episodes or world.eval_episodes, device=args.device)
+        if "mem1" in results:
+            say(trend(results))
     if args.json:
         print(json.dumps(results))
-    elif "mem1" in results:
-        print(trend(results))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ Differs from the paper (sec. 3.3) and its released code:
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
 """
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
@@ -104,6 +106,7 @@ class Branch:
     trained: list = field(default_factory=list)  # loss mask: True where the agent chose the token, here
     logp: list = field(default_factory=list)  # as sampled; 0 where not trained
     value: list = field(default_factory=list)  # of the row that predicted the token; 0 where not trained
+    see: object = None  # (n, P + n) bool: what of task and branch each token may attend to; None: all up to itself
 
     def extend(self, ids, trained, logp=None, value=None):
         self.ids += ids
@@ -157,6 +160,78 @@ class Trajectory:
         return sum(sum(branch.trained) for branch in self.branches)
 
 
+def tree(traj):
+    """All tokens of a trajectory, the task's and then each branch's: (ids, parent, trained), lists of n.
+
+    parent[i] is the token right before i in its context, -1 for the first. All else follows from it:
+
+        i's context     the path from the root to i: row i of mask(traj)
+        its position    its depth
+        its prediction  comes from the row of parent[i]
+        the loss        counts it if trained[i]: the agent chose it, here
+
+    >>> ids, parent, trained = tree(sketch(mem1, turns=3))
+    >>> parent
+    [-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9]
+    """
+    n = len(traj.task)
+    ids, parent, trained = list(traj.task), list(range(-1, n - 1)), [False] * n
+    for branch in traj.branches:
+        parent += [n - 1, *range(len(ids), len(ids) + len(branch.ids) - 1)]
+        ids, trained = ids + branch.ids, trained + branch.trained
+    return ids, parent, trained
+
+
+def mask(traj):
+    """Who sees whom (n, n), bool. A token sees its parent, what that sees, and itself.
+
+    Three turns of MEM1 in nothing but tags: Task, then State, Query, Info a turn; `*` is trained.
+
+    >>> print(picture(sketch(mem1, turns=3)))
+      T S Q I S Q S Q I S Q
+    T 1 . . . . . . . . . .
+    S 1 1 . . . . . . . . .
+    Q 1 1 1 . . . . . . . . *
+    I 1 1 1 1 . . . . . . .
+    S 1 1 1 1 1 . . . . . .
+    Q 1 1 1 1 1 1 . . . . . *
+    S 1 . . . . . 1 . . . .
+    Q 1 . . . . . 1 1 . . .
+    I 1 . . . . . 1 1 1 . .
+    S 1 . . . . . 1 1 1 1 .
+    Q 1 . . . . . 1 1 1 1 1 *
+
+    The first two turns share a branch, as nothing is pruned yet. Then the first turn is gone, and the
+    second is read again in a branch of its own: there it is not trained a second time.
+    """
+    ids, parent, _ = tree(traj)
+    see = np.eye(len(ids), dtype=bool)
+    for i, p in enumerate(parent[1:], 1):
+        see[i] |= see[p]
+    if traj.branches and traj.branches[0].see is not None:  # a layout that is not a tree, see stitched()
+        see[len(traj.task) :] = traj.branches[0].see
+    return see
+
+
+def picture(traj):
+    """mask() as text, a row a token."""
+    ids, _, trained = tree(traj)
+    names = ["TSQAIE"[TAG_IDS.index(token)] if token in TAG_IDS else "-" for token in ids]
+    rows = [" ".join([name, *("1" if x else "." for x in row), *"*"[: t]]) for name, row, t in zip(names, mask(traj), trained)]
+    return "\n".join(["  " + " ".join(names), *rows])
+
+
+def sketch(policy, turns):
+    """The smallest trajectory of so many turns: a state, a query and an info of one token each."""
+    env = SimpleNamespace(step=lambda kind, text: "", done=False)
+    traj = Trajectory(env, [TASK])
+    for t in range(turns):
+        env.done = t == turns - 1
+        traj.open_turn(policy)
+        traj.close_turn([QUERY])
+    return traj
+
+
 # ----------------------------------------------------------------------------------------------
 # Context policies: of the turns so far, the tokens that the next turn sees (the task is always seen).
 
@@ -168,11 +243,107 @@ def mem1(turns):
 
 
 def full(turns):
-    """Everything: the agent whose context grows with every turn (ReAct, Search-R1)."""
+    """Everything: the agent whose context grows with every turn (ReAct, Search-R1). One branch, a causal mask.
+
+    >>> print(picture(sketch(full, turns=3)))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I 1 1 1 1 . . . . .
+    S 1 1 1 1 1 . . . .
+    Q 1 1 1 1 1 1 . . . *
+    I 1 1 1 1 1 1 1 . .
+    S 1 1 1 1 1 1 1 1 .
+    Q 1 1 1 1 1 1 1 1 1 *
+    """
     return [token for turn in turns for token in turn.state + turn.action + turn.info]
 
 
+def window(turns, k=2):
+    """The last k turns, and nothing of those before.
+
+    >>> print(picture(sketch(window, turns=4)))
+      T S Q I S Q I S Q S Q I S Q I S Q
+    T 1 . . . . . . . . . . . . . . . .
+    S 1 1 . . . . . . . . . . . . . . .
+    Q 1 1 1 . . . . . . . . . . . . . . *
+    I 1 1 1 1 . . . . . . . . . . . . .
+    S 1 1 1 1 1 . . . . . . . . . . . .
+    Q 1 1 1 1 1 1 . . . . . . . . . . . *
+    I 1 1 1 1 1 1 1 . . . . . . . . . .
+    S 1 1 1 1 1 1 1 1 . . . . . . . . .
+    Q 1 1 1 1 1 1 1 1 1 . . . . . . . . *
+    S 1 . . . . . . . . 1 . . . . . . .
+    Q 1 . . . . . . . . 1 1 . . . . . .
+    I 1 . . . . . . . . 1 1 1 . . . . .
+    S 1 . . . . . . . . 1 1 1 1 . . . .
+    Q 1 . . . . . . . . 1 1 1 1 1 . . .
+    I 1 . . . . . . . . 1 1 1 1 1 1 . .
+    S 1 . . . . . . . . 1 1 1 1 1 1 1 .
+    Q 1 . . . . . . . . 1 1 1 1 1 1 1 1 *
+    """
+    return full(turns[-k:])
+
+
 POLICIES = {"mem1": mem1, "full": full}
+
+# ----------------------------------------------------------------------------------------------
+# Two layouts that are not the tree, to measure what they cost: another view of a MEM1 trajectory for the learner
+
+
+def stitched(traj, released=False):
+    """The paper's layout (sec. 3.3, app. A.7): every token once, and a mask hides what its turn did not see.
+
+    >>> print(picture(stitched(sketch(mem1, turns=3))))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I 1 1 1 1 . . . . .
+    S 1 1 1 1 1 . . . .
+    Q 1 1 1 1 1 1 . . . *
+    I 1 1 1 1 1 1 1 . .
+    S 1 . . . 1 1 1 1 .
+    Q 1 . . . 1 1 1 1 1 *
+
+    From turn 3 on it is not what acted. The keys that turn 3 reads of turn 2 were computed while turn 2 still
+    saw turn 1, so from the second layer on they carry it; and positions go on, where the agent's began anew.
+
+    released: the layout of the paper's published code. It also hides the previous state, which the agent did
+    see, and an <info> sees nothing but itself.
+
+    >>> print(picture(stitched(sketch(mem1, turns=3), released=True)))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I . . . 1 . . . . .
+    S 1 . 1 1 1 . . . .
+    Q 1 . 1 1 1 1 . . . *
+    I . . . . . . 1 . .
+    S 1 . . . . 1 1 1 .
+    Q 1 . . . . 1 1 1 1 *
+    """
+    branch, turn, part = Branch(), [-1] * len(traj.task), ["task"] * len(traj.task)
+    for t, this in enumerate(traj.turns):
+        branch.extend(this.state[:1], trained=False)  # its <IS> is given
+        branch.extend(this.state[1:] + this.action, trained=True)
+        branch.extend(this.info, trained=False)
+        for name, ids in vars(this).items():  # state, action, info
+            turn += [t] * len(ids)
+            part += [name] * len(ids)
+    turn, part = np.array(turn), np.array(part)
+    ago = turn[:, None] - turn  # turns between the one who reads and what is read
+    see = np.tri(len(turn), dtype=bool) & ((part == "task") | (ago <= 1))
+    if released:
+        see &= (ago == 0) | (part != "state")
+        see &= (part[:, None] != "info") | ((ago == 0) & (part == "info"))
+    branch.see = see[len(traj.task) :]
+    return replace(traj, branches=[branch])
+
+
+LAYOUTS = {"tree": lambda traj: traj, "stitched": stitched, "released": partial(stitched, released=True)}
 
 # ----------------------------------------------------------------------------------------------
 # Acting
@@ -308,9 +479,10 @@ class Pack:
     at: torch.Tensor  # (M,) where in (R * S) the row stands that predicts a trained token: at its parent
     target: torch.Tensor  # (M,) id of the trained token
     index: torch.Tensor  # (M,) its place among all trained tokens of the trajectories, in the order of sampling
+    see: object = None  # (R, S, P+S) bool, in layouts that are not a tree: what each token may attend to
 
     def to(self, device):
-        return Pack(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return Pack(**{name: x if x is None else x.to(device, non_blocking=True) for name, x in vars(self).items()})
 
 
 def pack(trajs, budget=8192, which=None):
@@ -350,8 +522,11 @@ def _collate(trajs, chunk, tasks):
         n = len(trajs[i].task)
         trunk[r, :n], trunk_pos[r, :n] = trajs[i].task, where(i, 0, n)
     at, target, index = [], [], []
+    see = np.zeros((len(chunk), S, P + S), bool) if chunk[0][1].see is not None else None
     for r, (i, branch, first) in enumerate(chunk):
         n = len(branch.ids)
+        if see is not None:
+            see[r, :n, : len(trajs[i].task)], see[r, :n, P : P + n] = np.split(branch.see, [len(trajs[i].task)], axis=1)
         ids[r, :n], pos[r, :n] = branch.ids, where(i, len(trajs[i].task), n)
         trained = np.flatnonzero(branch.trained)  # never 0: a branch begins with what was given
         at.append(r * S + trained - 1)  # the row at t - 1 predicts ids[t]
@@ -359,8 +534,8 @@ def _collate(trajs, chunk, tasks):
         index.append(first + np.arange(len(trained)))
     arrays = dict(trunk=trunk, trunk_n=[len(trajs[i].task) for i in tasks], trunk_pos=trunk_pos, ids=ids, pos=pos,
                   parent=[tasks[i] for i, _, _ in chunk], at=np.concatenate(at), target=np.concatenate(target),
-                  index=np.concatenate(index))
-    return Pack(**{name: torch.as_tensor(np.asarray(array)) for name, array in arrays.items()})
+                  index=np.concatenate(index), see=see)
+    return Pack(**{name: x if x is None else torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
 
 
 def recorded(trajs, name):
@@ -376,7 +551,7 @@ def evaluate(model, pack):
     """
     past = Prefix(model.config)
     model(pack.trunk, pack.trunk_pos, past, pack.trunk_n)
-    x = model(pack.ids, pack.pos, past.branch(pack.parent))  # (R, S, C)
+    x = model(pack.ids, pack.pos, past.branch(pack.parent, pack.see))  # (R, S, C)
     x = x.flatten(0, 1)[pack.at]  # (M, C)
     logps = model.logits(x).log_softmax(-1)  # (M, V)
     logp = logps.gather(-1, pack.target[:, None]).squeeze(-1)  # (M,)

@@ -55,7 +55,7 @@ class GPT(nn.Module):
         Padding can not be seen by any real token, since it stands after them all.
         """
         x = self.ln_in(self.emb(ids))  # (B, T, C)
-        angle = pos[..., None] * self._frequencies(ids.device)  # (B, T, rope/2)
+        angle = pos[..., None] * self._frequencies(x)  # (B, T, rope/2)
         rotation = angle.cos()[:, None], angle.sin()[:, None]  # each (B, 1, T, rope/2)
         bias = past.mask(ids.size(1), ids.device).logical_not().to(x.dtype) * -1e9  # (B or 1, 1, T, L); True may attend -> 0
         for i, block in enumerate(self.blocks):
@@ -75,8 +75,8 @@ class GPT(nn.Module):
         """
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
-    def _frequencies(self, device):
-        return 10000.0 ** (-torch.arange(0, self.rope, 2, device=device) / self.rope)  # (rope/2,)
+    def _frequencies(self, like):
+        return 10000.0 ** (-torch.arange(0, self.rope, 2, device=like.device, dtype=like.dtype) / max(1, self.rope))  # (rope/2,)
 
 
 class Block(nn.Module):
@@ -143,14 +143,18 @@ class Prefix:
     def __init__(self, config):
         self.k, self.v, self.tail = [None] * config.n_layer, [None] * config.n_layer, [None] * config.n_layer
         self.n = None  # (B,) tokens in each row of the past
+        self.see = None  # (B, T, L) bool: who sees whom in the next pass; None: each token all before it
 
-    def branch(self, rows):
+    def branch(self, rows, see=None):
         new = Prefix.__new__(Prefix)
+        new.see = see
         new.k, new.v, new.tail = ([t[rows] for t in ts] for ts in (self.k, self.v, self.tail))
         new.n = self.n[rows]
         return new
 
     def mask(self, T, device):
+        if self.see is not None:
+            return self.see[:, None]  # (B, 1, T, L)
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None]  # (1, 1, T, T)
         if self.n is None:
             return causal

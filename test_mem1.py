@@ -1,8 +1,10 @@
 """test_mem1.py: what must be true, each test a sentence.      python -m pytest -q
+                                                            PROFILE=thorough python -m pytest -q
 
 Oracles are written differently from the code: a re-encoding of every context token by token, a double sum,
 an independent scorer. Each property has a positive control: something that must change, does.
 """
+import dataclasses
 import doctest
 import json
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,10 +29,11 @@ import model as model_py
 import ppo
 import train
 from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, TASK, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, recorded, rollout
-from model import GPT, GPTConfig, Prefix
+from model import GPT, Cache, GPTConfig, Prefix
 
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
-settings.load_profile("mem1")
+settings.register_profile("thorough", settings.get_profile("mem1"), max_examples=250)
+settings.load_profile(os.environ.get("PROFILE", "mem1"))
 torch.set_num_threads(1)
 
 # ----------------------------------------------------------------------------------------------
@@ -131,6 +135,174 @@ def test_sampler_learner_and_token_by_token_replay_agree(policy, turns, seed, bu
     if len(trajs[0].turns) > 3 and policy is mem1.mem1:
         other = torch.tensor(replay(gpt, trajs[0], mem1.full)[0], dtype=torch.float64)
         assert (other - logp[: len(other)]).abs().max() > 1e-3
+
+
+def dense(gpt, traj):
+    """Oracle: the whole trajectory as one row under mem1.mask(), by plain formulas. The logp of its trained tokens."""
+    (ids, parent, trained), see = mem1.tree(traj), torch.tensor(mem1.mask(traj))
+    ids, parent, hs, r = torch.tensor(ids), torch.tensor([*parent, -1]), gpt.hs, gpt.rope // 2
+    before, depth = [torch.arange(len(ids))], [0]
+    for _ in range(3):
+        before.append(parent[before[-1]])  # the parent, its parent, and its parent; -1 where there is none
+    for p in parent[1:-1].tolist():
+        depth.append(depth[p] + 1)
+    angle = torch.tensor(depth)[:, None] * 10000.0 ** (-torch.arange(r, dtype=torch.float64) / r)
+    turns = torch.polar(torch.ones_like(angle), angle)
+
+    def turned(x):
+        return torch.cat([torch.view_as_real(torch.complex(x[:, :r], x[:, r : 2 * r]) * turns).transpose(1, 2).flatten(1), x[:, 2 * r :]], 1)
+
+    x = gpt.ln_in(gpt.emb.weight[ids])
+    for block in gpt.blocks:
+        h = torch.cat([block.ln_1(x), torch.zeros_like(x[:1])])  # the last row: what stands before the first token
+        h = sum(tap * h[before[3 - j]] for j, tap in enumerate(block.taps)) + h[:-1]
+        q, k, v = (h @ block.qkv.weight.T).chunk(3, 1)
+        heads = []
+        for a in range(0, gpt.config.n_embd, hs):
+            weight = (turned(q[:, a : a + hs]) @ turned(k[:, a : a + hs]).T / hs**0.5).exp() * see
+            heads.append(weight / weight.sum(1, keepdim=True) @ v[:, a : a + hs])
+        x = x + torch.cat(heads, 1) @ block.proj.weight.T
+        x = x + (block.ln_2(x) @ block.up.weight.T).clamp(min=0) ** 2 @ block.down.weight.T
+    logps = gpt.logits(gpt.ln_out(x)).log_softmax(1)
+    chosen = torch.tensor(trained).nonzero()[:, 0]
+    return logps[parent[chosen], ids[chosen]]
+
+
+@settings(max_examples=10)
+@given(policies, st.integers(1, 6), st.integers(0, 99), st.sampled_from(list(mem1.LAYOUTS)))
+@example(mem1.mem1, 6, 0, "tree")
+@example(mem1.mem1, 6, 0, "stitched")
+@example(mem1.mem1, 6, 0, "released")
+def test_trunk_and_branches_equal_the_dense_mask_in_outputs_and_gradients(policy, turns, seed, layout):
+    gpt = talkative()
+    beside, traj = map(mem1.LAYOUTS[layout], play(gpt, policy, [3, turns], seed))
+    gradients = []
+    for logp in dense(gpt, traj), evaluate(gpt, pack([beside, traj], 10**6)[0])[0]:
+        if gradients:
+            (p,) = pack([beside, traj], 10**6)
+            logp = logp[p.index.argsort()][beside.n_trained :]
+            assert (logp - slow).abs().max() < 1e-10
+        slow = logp.detach()
+        gpt.zero_grad()
+        (logp * torch.arange(1, len(logp) + 1)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in gpt.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-10 * gradients[0].abs().max() and gradients[0].norm() > 1
+
+
+@given(policies, st.integers(1, 6), st.integers(0, 99))
+def test_the_mask_shows_each_trained_token_and_the_row_that_predicts_it_the_context_it_was_sampled_in(policy, turns, seed):
+    (traj,) = play(talkative(), policy, [turns], seed)
+    (ids, parent, trained), see = mem1.tree(traj), mem1.mask(traj)
+    assert not np.triu(see, 1).any() and see.diagonal().all()
+    contexts = []
+    for t, turn in enumerate(traj.turns):
+        context = traj.task + (policy(traj.turns[:t]) if t else []) + [IS]
+        for token in (turn.state + turn.action)[1:]:
+            contexts.append((context, token))
+            context = context + [token]
+    mine = [i for i, yes in enumerate(trained) if yes]
+    assert [([ids[j] for j in np.flatnonzero(see[parent[i]])], ids[i]) for i in mine] == contexts
+    assert all((see[i] == see[parent[i]]).sum() == len(ids) - 1 for i in mine)  # the parent sees the same but for the token
+
+
+def test_stitched_differs_from_what_acted_by_positions_and_by_what_keys_carry_through_depth():
+    """At turns 1 and 2 never; with one layer, no positions and no convolution nowhere; with two layers from turn 3 on."""
+    for layers, off_from_turn_3 in (1, False), (2, True):
+        gpt = talkative(n_layer=layers)
+        gpt.rope = 0
+        for block in gpt.blocks:
+            block.taps.data.zero_()
+        trajs = play(gpt, mem1.mem1, [6, 5, 6])
+        off = (learned(gpt, [mem1.stitched(t) for t in trajs])[0] - learned(gpt, trajs)[0]).abs()
+        turn = np.array([k for t in trajs for k, turn in enumerate(t.turns) for _ in (turn.state + turn.action)[1:]])
+        assert off[turn < 2].max() < 1e-12 and (off[turn >= 2].max() > 1e-3) == off_from_turn_3
+    gpt = talkative()  # as it is: turns 1 and 2 are exact still, in the released layout turn 2 is not
+    for layout, exact in (mem1.stitched, True), (mem1.LAYOUTS["released"], False):
+        off = (learned(gpt, list(map(layout, trajs)))[0] - learned(gpt, trajs)[0]).abs()
+        assert off[turn == 0].max() < 1e-12 and (off[turn == 1].max() < 1e-12) == exact and off[turn == 2].max() > 1e-3
+
+
+def test_exchanged_words_in_pruned_turns_reach_the_last_turn_in_the_stitched_layouts_and_not_in_the_tree():
+    gpt = talkative()
+    for policy_layout, reached in ("tree", False), ("stitched", True), ("released", True):
+        layout = mem1.LAYOUTS[policy_layout]
+        (traj,) = play(gpt, mem1.mem1, [6], seed=3)
+        off = (learned(gpt, [layout(evaluation.exchange_pruned(traj))])[0] - learned(gpt, [layout(traj)])[0]).abs()
+        n = len((traj.turns[-1].state + traj.turns[-1].action)[1:])
+        assert (off[-n:] > 0).any() if reached else (off[-n:] == 0.0).all()
+        assert (off[:-n] > 0).any()  # control: it does reach the turns that saw it
+
+
+@settings(max_examples=10)
+@given(policies, st.integers(2, 5), st.integers(0, 99), st.randoms())
+def test_no_token_sees_what_comes_after_it_and_no_row_is_empty(policy, turns, seed, random):
+    gpt = talkative()
+    weights, attend = [], model_py.attend
+    model_py.attend = lambda q, k, v, bias: (weights.append((q @ k.transpose(-2, -1) * q.size(-1) ** -0.5 + bias).softmax(-1)), attend(q, k, v, bias))[1]
+    try:
+        (traj,) = play(gpt, policy, [turns], seed)
+        weights.clear()
+        (p,) = pack([traj], 10**6)
+        before = evaluate(gpt, p)[0]
+    finally:
+        model_py.attend = attend
+    assert all(torch.allclose(w.sum(-1), torch.ones(()).to(w)) and (w.diagonal(w.size(-1) - w.size(-2), -2, -1) > 0).all() for w in weights)
+    branch = random.choice(range(len(traj.branches)))
+    at = random.choice(range(len(traj.branches[branch].ids)))
+    traj.branches[branch].ids[at:] = [(token + 1) % 256 for token in traj.branches[branch].ids[at:]]
+    after = evaluate(gpt, pack([traj], 10**6)[0])[0]
+    row, column = p.at // p.ids.size(1), p.at % p.ids.size(1)
+    mine = next(r for r in range(len(p.ids)) if p.ids[r].tolist() != pack([traj], 10**6)[0].ids[r].tolist())
+    early = (row != mine) | (column + 1 < at)  # predicted from before the change, and itself not changed
+    assert (before[early] == after[early]).all()
+    if (~early).any():
+        assert (before[~early] != after[~early]).any()  # control
+
+
+def test_only_rows_that_predict_a_trained_token_get_a_gradient_and_padding_is_never_read():
+    gpt = talkative()
+    trajs = play(gpt, mem1.mem1, [6, 2, 4])
+    (p,) = pack(trajs, 10**6)
+    rows = []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        rows.append(output)
+
+    hook = gpt.ln_out.register_forward_hook(keep)
+    before = evaluate(gpt, p)[0]
+    hook.remove()
+    before.sum().backward()
+    grad = rows[1].grad.flatten(0, 1).norm(dim=-1)
+    assert rows[0].grad is None and (grad[p.at] > 0).all()
+    grad[p.at] = 0.0
+    assert (grad == 0.0).all()
+    real = torch.zeros_like(p.ids, dtype=torch.bool)
+    for r, row in enumerate(p.ids.tolist()):
+        n = next(len(b.ids) for t in trajs for b in t.branches if row[: len(b.ids)] == b.ids and not any(row[len(b.ids) :]))
+        real[r, :n] = True
+    assert (~real).any()
+    p.ids[~real] = 7  # other padding
+    p.trunk[torch.arange(p.trunk.size(1)) >= p.trunk_n[:, None]] = 7
+    assert (evaluate(gpt, p)[0] == before).all()
+
+
+@given(st.permutations(range(4)))
+def test_the_order_of_the_episodes_changes_nothing(order):
+    gpt = talkative()
+    trajs = play(gpt, mem1.mem1, [4, 2, 5, 1])
+    apart = [learned(gpt, [t])[0] for t in trajs]
+    together = learned(gpt, [trajs[i] for i in order])[0]
+    assert (together - torch.cat([apart[i] for i in order])).abs().max() < 1e-10
+
+
+def test_packing_leaves_its_input_as_it_was():
+    trajs = play(talkative(), mem1.mem1, [4, 2])
+    describe = lambda: repr([(t.task, t.branches, t.turns) for t in trajs])
+    before, packs = describe(), [pack(trajs, 100) for _ in range(2)]
+    mem1.stitched(trajs[0])
+    assert describe() == before
+    assert all((getattr(a, k) == getattr(b, k)).all() for a, b in zip(*packs) for k in vars(a) if k != "see")
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -286,8 +458,7 @@ def test_tokens_go_from_the_sampler_to_the_learner_without_a_detour_through_text
     gpt = talkative()
     gpt.logits = lambda x: GPT.logits(gpt, x) + (torch.arange(ENC.n_vocab) < 256) * 4.0 + (torch.arange(ENC.n_vocab) == END) * 8.0
     (traj,) = play(gpt, mem1.full, [4])
-    wrote = [token for turn in traj.turns for token in (turn.state + turn.action)]
-    assert ENC.encode_ordinary(ENC.decode(wrote)) != wrote
+    assert any(ENC.encode(ENC.decode(wrote), allowed_special="all") != wrote for turn in traj.turns for wrote in [turn.state + turn.action])
     assert [token for turn in traj.turns for token in turn.state + turn.action + turn.info][: len(traj.branches[0].ids)] == traj.branches[0].ids
 
 
@@ -389,6 +560,60 @@ def test_training_validation_and_test_episodes_have_different_seeds():
 
 # ----------------------------------------------------------------------------------------------
 # PPO
+
+
+def test_what_is_recorded_is_the_probability_with_which_the_token_was_drawn():
+    torch.manual_seed(0)
+    n, logits = 20000, torch.randn(1, 7, dtype=torch.float64) * 2
+    ids, logp = mem1.sample(logits.expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n)  # every uniform number once
+    for token in range(7):
+        share = (ids == token).double().mean().item()
+        assert share == pytest.approx(logp[ids == token][0].exp().item(), abs=1.5 / n)
+    assert (mem1.sample(logits)[0] == logits.argmax()).all() and mem1.sample(logits)[1] == logits.log_softmax(-1).max()
+
+
+def one_iteration(monkeypatch, **kwargs):
+    """An iteration of PPO on random worlds, of one minibatch: (gradient of its only step, log row, what ppo's functions were given)."""
+    given_, gradient = {}, []
+    for name in "token_rewards", "policy_loss":
+        monkeypatch.setattr(ppo, name, lambda *args, name=name, old=getattr(ppo, name), **kw: (given_.setdefault(name, []).append(args), old(*args, **kw))[1])
+    cfg = train.Config(device="cpu", ppo_batch=5, ppo_epochs=1, ppo_minibatches=1, primer_coef=0.0, ppo_primer=1, primer_longest=2, grad_clip=1e9, **kwargs)
+    gpt, draw = talkative(), np.random.default_rng(0)
+    worlds = [AnyWorld(n, [0, i]) for i, n in enumerate((4, 1, 5, 2, 3))]
+    for i, world in enumerate(worlds):
+        world.em = i / 10
+    optimiser = SimpleNamespace(zero_grad=gpt.zero_grad, step=lambda: gradient.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]).clone()))
+    row = train.reinforce(cfg, train.Learner(gpt), optimiser, talkative(seed=1), mem1.mem1, worlds, 0, 0, 1)
+    return gradient[0], row, given_
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_gradient_that_of_the_plain_policy_gradient(monkeypatch):
+    gradient, row, given_ = one_iteration(monkeypatch, value_coef=0.0)
+    assert row["gap"] < 1e-10 and abs(row["kl"]) < 1e-12 and row["clip"] == 0.0
+    monkeypatch.setattr(ppo, "policy_loss", lambda logp, old_logp, adv, clip: -adv * logp)
+    plain, _, _ = one_iteration(monkeypatch, value_coef=0.0)
+    assert (gradient - plain).abs().max() < 1e-10 and gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize("layout", mem1.LAYOUTS)
+def test_the_split_into_passes_does_not_change_the_gradient(monkeypatch, layout):
+    gradients = [one_iteration(monkeypatch, pack_tokens=n, layout=layout)[0] for n in (10**6, 60, 200)]
+    assert max((g - gradients[0]).abs().max() for g in gradients[1:]) < 1e-10 and gradients[0].norm() > 1e-3
+
+
+def test_each_episode_is_paid_its_own_reward_at_its_own_last_token(monkeypatch):
+    _, _, given_ = one_iteration(monkeypatch)
+    reward, last, old_logp, ref_logp, _ = given_["token_rewards"][0]
+    assert reward.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    worlds = [AnyWorld(n, [0, i]) for i, n in enumerate((4, 1, 5, 2, 3))]
+    alone = [rollout(talkative(), [w], mem1.mem1, [train.rng(0, train.PPO, 0, i, 2)])[0].n_trained for i, w in enumerate(worlds)]
+    assert last.nonzero()[:, 0].tolist() == (np.cumsum(alone) - 1).tolist()
+
+
+def test_with_another_layout_ppo_starts_from_ratio_one_and_the_gap_says_what_the_layout_changed(monkeypatch):
+    _, row, given_ = one_iteration(monkeypatch, layout="stitched")
+    logp, old_logp = given_["policy_loss"][0][:2]
+    assert (logp - old_logp).abs().max() < 1e-10 and row["gap"] > 1e-3
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
@@ -507,9 +732,13 @@ TINY = ("--preset debug --primer-steps 4 --primer-batch 8 --demos-steps 4 --ppo-
         "--valid-episodes 2 --eval-episodes 4 --eval-objectives 1 2").split()
 
 
-def script(name, *flags, interrupt=None):
-    """Run a script to its end; interrupt=(file, lines, signal): send the signal when the file has so many lines."""
-    process = subprocess.Popen([sys.executable, name, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+def script(name, *flags, interrupt=None, patch=""):
+    """Run a script to its end; interrupt=(file, lines, signal): send the signal when the file has so many lines.
+
+    patch: a statement to be run before it, on the imported module.
+    """
+    command = ["-c", f"import {name[:-3]} as module; {patch}; module.main()"] if patch else [name]
+    process = subprocess.Popen([sys.executable, *command, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while interrupt and process.poll() is None:
         file, lines, number = interrupt
@@ -615,7 +844,125 @@ def test_evaluation_of_what_is_not_a_run_gets_one_line(tmp_path, monkeypatch):
             evaluation.main()
 
 
+def test_every_test_and_flag_that_the_readme_names_exists():
+    text, source = (HERE / "README.md").read_text(), Path(__file__).read_text()
+    names = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", text)
+    assert len(names) > 8 and all(f"def {name}" in source for name in names), names
+    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config)} | {"--no-full", *re.findall(r'"(--[a-z]+)"', (HERE / "eval.py").read_text())}
+    elsewhere = {"--index-url", "--nproc_per_node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | elsewhere
+
+
 @pytest.mark.parametrize("module", [envs, model_py, mem1, ppo, train, evaluation], ids=lambda m: m.__name__)
 def test_the_examples_in_the_docstrings_hold(module):
     failed, _ = doctest.testmod(module)
     assert failed == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# The test of the tests. Each mutant is a bug that somebody has had (the paper's code, other published ones, or this
+# project on its way), put back in: a wrapper around a function; and the property that has to notice.
+
+
+def agree():
+    test_sampler_learner_and_token_by_token_replay_agree.hypothesis.inner_test(mem1.mem1, [6, 4, 5, 6], 0, 8192)
+
+
+def once():
+    test_what_the_agent_wrote_is_trained_exactly_once_and_what_it_was_given_never.hypothesis.inner_test(mem1.mem1, [6, 4, 5], 0)
+
+
+def own_row(p):
+    p.at += 1
+    return p
+
+
+def info_row(p):
+    p.at -= (p.ids.flatten()[p.at] == IS).long()
+    return p
+
+
+def shifted(p):
+    p.pos += 5
+    return p
+
+
+def mark(traj, result, which, value):
+    traj.branches[-1].trained[which] = [value] * len(traj.branches[-1].trained[which])
+    return result
+
+
+def zero_tail(prefix, i):
+    if prefix.tail[i] is not None:
+        prefix.tail[i] = torch.zeros_like(prefix.tail[i])
+
+
+def rotate_worlds(trajs):
+    for traj, env in zip(trajs, [t.env for t in trajs[1:] + trajs[:1]]):
+        traj.env = env
+    return trajs
+
+
+def pass_means(work):
+    sizes = [len(p.target) for p, _ in work]
+    return [(p, lambda *args, loss=loss, n=n: loss(*args) * sum(sizes) / max(1, n) / len(work)) for (p, loss), n in zip(work, sizes)]
+
+
+def used_up(packs, trajs):
+    trajs[0].branches[0].ids.append(END)
+    return packs
+
+
+MUTANTS = {  # name: (object, its function, the wrapper of that function, the property that notices)
+    "a mask of 0 and 1 is added to the scores": (model_py, "attend", lambda f: lambda q, k, v, bias: f(q, k, v, (bias == 0).to(bias)), agree),
+    "the learner does not see the previous state":
+        (mem1, "pack", lambda f: lambda trajs, *a, **k: f([mem1.stitched(t, released=True) for t in trajs], *a, **k), agree),
+    "the learner sees one copy of every token": (mem1, "pack", lambda f: lambda trajs, *a, **k: f(list(map(mem1.stitched, trajs)), *a, **k), agree),
+    "a token is predicted by its own row": (mem1, "_collate", lambda f: lambda *a: own_row(f(*a)), agree),
+    "the first token of a turn is predicted by the row of an info": (mem1, "_collate", lambda f: lambda *a: info_row(f(*a)), agree),
+    "positions go on where something was pruned": (mem1, "_collate", lambda f: lambda *a: shifted(f(*a)), agree),
+    "a branch's convolution does not see the end of the task": (Prefix, "with_tail", lambda f: lambda self, i, h, n: (zero_tail(self, i), f(self, i, h, n))[1], agree),
+    "padding of the task is seen": (Prefix, "mask", lambda f: lambda self, T, device: (setattr(self, "n", self.n if self.n is None else self.n + 9), f(self, T, device))[1], agree),
+    "after pruning, the sampler's convolution still sees": (Cache, "rollback", lambda f: lambda self, rows: setattr(self, "prompt_tail", self.tail.clone()) or f(self, rows), agree),
+    "rows change places and their lengths do not": (Cache, "reorder", lambda f: lambda self, order: (n := self.n.clone(), f(self, order), setattr(self, "n", n))[1], agree),
+    "sampled at temperature 0.9, recorded at 1": (mem1, "sample", lambda f: lambda logits, u=None: (ids := f(logits / 0.9, u)[0], logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]),
+        lambda: test_what_is_recorded_is_the_probability_with_which_the_token_was_drawn()),
+    "what is given is trained as well": (Branch, "extend", lambda f: lambda self, ids, trained, *a, **k: f(self, ids, True, *a, **k), once),
+    "a state read again is trained again": (Trajectory, "open_turn", lambda f: lambda self, policy: mark(self, f(self, policy), slice(0, 3), True), once),
+    "the end of a turn is not trained": (Trajectory, "close_turn", lambda f: lambda self, *a, **k: mark(self, f(self, *a, **k), slice(-1, None), False), once),
+    "what is read counts in the advantages": (mem1, "recorded", lambda f: lambda trajs, name: [x for t in trajs for b in t.branches for x in getattr(b, name)], once),
+    "what was written goes through text": (Trajectory, "close_turn", lambda f: lambda self, ids, *a, **k: f(self, ENC.encode(ENC.decode(ids), allowed_special="all"), *a, **k),
+        lambda: test_tokens_go_from_the_sampler_to_the_learner_without_a_detour_through_text()),
+    "packing uses its input up": (mem1, "pack", lambda f: lambda trajs, *a, **k: used_up(f(trajs, *a, **k), trajs), lambda: test_packing_leaves_its_input_as_it_was()),
+    "an episode is paid the reward of its neighbour": (mem1, "rollout", lambda f: lambda *a, **k: rotate_worlds(f(*a, **k)),
+        lambda m: test_each_episode_is_paid_its_own_reward_at_its_own_last_token(m)),
+    "the loss is a mean in each pass": (train, "optimise", lambda f: lambda learner, o, cfg, work: f(learner, o, cfg, pass_means(work)),
+        lambda m: test_the_split_into_passes_does_not_change_the_gradient(m, "tree")),
+    "advantages run on into the next episode": (ppo, "gae", lambda f: lambda r, v, last, *a: f(r, v, torch.arange(len(last)) == len(last) - 1, *a),
+        lambda: test_gae_is_the_double_sum_of_its_definition.hypothesis.inner_test([3, 2], 0.9, 0.9, 0)),
+    "the clip acts in both directions": (ppo, "policy_loss", lambda f: lambda logp, old, adv, clip: -(logp - old).exp().clamp(1 - clip, 1 + clip) * adv,
+        lambda: test_the_clip_stops_the_gradient_where_the_ratio_has_gone_far_enough_and_only_there(0.7, 1, True)),
+    "whitening divides by nothing": (ppo, "whiten", lambda f: lambda x, *a: (x - x.mean()) / x.var(unbiased=False).sqrt(),
+        lambda: test_whitening_is_over_all_tokens_and_survives_constants()),
+    "the KL is estimated by the difference alone": (ppo, "approx_kl", lambda f: lambda logp, old: old - logp, lambda: test_k3_estimates_the_exact_kl()),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_caught(name, monkeypatch):
+    owner, function, wrap, notices = MUTANTS[name]
+    old = getattr(owner, function)
+    new = wrap(old)
+    for holder in owner, mem1, train, evaluation, sys.modules[__name__]:  # also where it was imported to
+        if getattr(holder, function, None) is old:
+            monkeypatch.setattr(holder, function, new)
+    with pytest.raises(AssertionError):
+        notices(*[monkeypatch] * notices.__code__.co_argcount)
+
+
+def test_a_resumed_run_that_is_off_by_one_draw_is_caught(finished, tmp_path, monkeypatch):
+    patch = "old = module.exercise; module.exercise = lambda cfg, step, i, n: old(cfg, step + cfg.resume, i, n)"
+    honest = script
+    monkeypatch.setattr(sys.modules[__name__], "script", lambda *a, **k: honest(*a, **k, patch=patch))
+    with pytest.raises(AssertionError):
+        test_an_interrupted_run_resumed_equals_the_uninterrupted_one(finished, tmp_path, 2, signal.SIGINT)

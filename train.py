@@ -5,6 +5,7 @@
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP
     torchrun --nproc_per_node 8 train.py         # the same; also over several nodes
     python train.py --out runs/cpu --resume      # go on with an interrupted run
+    python train.py --start runs/cpu --seed 1 --out runs/again   # another PPO from the imitated agents of a run
 
 Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights can not, hence the first:
     primer   copying, editing, looking up, on random words. No environment. Shared by both agents
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import envs
 import eval as evaluation
 import ppo
-from mem1 import ENC, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, pack, recorded, rollout
+from mem1 import ENC, LAYOUTS, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, mem1, pack, recorded, rollout
 from model import GPT, GPTConfig
 
 
@@ -54,6 +55,7 @@ class Config:
     nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
     threads: int = 1  # torch threads a process: more of them fight over small matrices
     full: bool = True  # train the full-context agent too
+    start: str = ""  # a run whose primer and imitated agents to take: then there is PPO only
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
@@ -73,7 +75,7 @@ class Config:
     demos_batch: int = 32  # episodes a step
     demos_primer: int = 16  # exercises beside them, or reading skills erode
     demos_lr: float = 2e-3
-    forget: float = 0.6  # share of demonstrations by a demonstrator who forgets
+    forget: float = 0.6  # share of demonstrations in which no answer is remembered
     hurry: float = 0.3  # share of demonstrations with too few turns, and share with more than enough
     # ppo
     ppo_steps: int = 112
@@ -83,6 +85,7 @@ class Config:
     ppo_primer: int = 16  # exercises beside each minibatch, or reading skills erode
     primer_coef: float = 0.3  # their weight
     ppo_lr: float = 2e-4
+    layout: str = "tree"  # how PPO sees what mem1 did: tree, stitched or released (mem1.py: the last two are not exact)
     clip: float = 0.2  # of the ratio, and of the value's move
     kl_coef: float = 0.02  # price of leaving the demos policy, nats a token
     value_coef: float = 0.1  # weight of the value loss: the trunk is shared
@@ -247,30 +250,35 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
     # Play.
     model = getattr(learner, "module", learner).model  # DDP or not
     trajs = rollout(model, environments, policy, [rng(cfg.seed, PPO, step, rank + world_size * i, 2) for i in range(len(environments))])
+    views = [LAYOUTS[cfg.layout](traj) for traj in trajs] if policy is mem1 else trajs  # what the learner sees
     # Weigh. All of what is trained, flat (M,), in the order of sampling.
-    old_logp, old_value = (torch.tensor(recorded(trajs, name), device=cfg.device) for name in ("logp", "value"))  # each (M,)
+    like = dict(dtype=model.emb.weight.dtype, device=cfg.device)
+    acted, old_value = (torch.tensor(recorded(trajs, name), **like) for name in ("logp", "value"))  # each (M,)
+    old_logp = acted.clone()
     lengths = torch.tensor([traj.n_trained for traj in trajs])  # (E,)
     last = torch.zeros(len(old_logp), dtype=torch.bool, device=cfg.device)  # (M,)
     last[lengths.cumsum(0) - 1] = True
     ref_logp = torch.zeros_like(old_logp)  # (M,)
     with torch.no_grad():
-        for batch in pack(trajs, cfg.pack_tokens):
+        for batch in pack(views, cfg.pack_tokens):
             batch = batch.to(cfg.device)
             ref_logp[batch.index] = evaluate(reference, batch)[0]
+            if cfg.layout != "tree":  # as in the paper's code: not what acted, but what the learner now says of it
+                old_logp[batch.index], old_value[batch.index] = evaluate(model, batch)[:2]
     reward = torch.tensor([traj.reward for traj in trajs], device=cfg.device)  # (E,)
     rewards = ppo.token_rewards(reward, last, old_logp, ref_logp, cfg.kl_coef)
     adv, ret = ppo.gae(rewards, old_value, last, cfg.gamma, cfg.lam)
     adv = ppo.whiten(adv, total)
 
     # Learn.
-    sums, gap, norm = torch.zeros(4, device=cfg.device), torch.zeros(1, device=cfg.device), 0.0
+    sums, gap, norm = torch.zeros(4, **like), torch.zeros(1, **like), 0.0
 
     def losses(batch, logp, value, entropy):
         old, v, i = old_logp[batch.index], old_value[batch.index], batch.index  # each (M',)
         if epoch == k == 0:  # nothing is updated yet: the learner must say what the sampler said
-            gap.copy_(torch.cat([gap, (logp.detach() - old).abs()]).max())
+            gap.copy_(torch.cat([gap, (logp.detach() - acted[i]).abs()]).max())
         with torch.no_grad():
-            sums.add_(torch.stack([torch.tensor(float(len(i)), device=cfg.device), entropy.sum(),
+            sums.add_(torch.stack([torch.tensor(float(len(i)), **like), entropy.sum(),
                                    ppo.approx_kl(logp, old).sum(), ppo.clipped(logp, old, cfg.clip).sum()]))
         loss = ppo.policy_loss(logp, old, adv[i], cfg.clip) + cfg.value_coef * ppo.value_loss(value, v, ret[i], cfg.clip)
         return loss.sum() / n
@@ -282,7 +290,7 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
         order = rng(cfg.seed, PPO, step, epoch, 3).permutation(cfg.ppo_batch)  # of all processes
         for k, chosen in enumerate(np.array_split(order, cfg.ppo_minibatches)):
             chosen = [e // world_size for e in sorted(chosen) if e % world_size == rank]
-            packs = pack(trajs, cfg.pack_tokens, which=chosen)
+            packs = pack(views, cfg.pack_tokens, which=chosen)
             key = cfg.primer_steps + cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
             reading = pack([exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)], cfg.pack_tokens)
             n, n_reading = count(packs, cfg), count(reading, cfg)
@@ -312,11 +320,14 @@ def run(rank, world_size, cfg):
         signal.signal(number, lambda number, frame: signals.append(number))
     say = tqdm.write if rank == 0 else lambda line: None
 
-    stages = [("primer", None)]
+    stages = [] if cfg.start else [("primer", None)]
     for agent in ("mem1", "full") if cfg.full else ("mem1",):
-        stages += [("demos", agent), ("ppo", agent)]
+        stages += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
     steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, ppo=cfg.ppo_steps)
     state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
+    if cfg.start:
+        models = evaluation.load_run(cfg.start)[1]
+        state["models"] = {name: models[name] for name in models if name == "primer" or name.endswith("-demos")}
     if cfg.resume:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     started = time.perf_counter() - state["seconds"]
@@ -470,7 +481,7 @@ def parse_arguments():
         elif f.type is tuple:
             parser.add_argument(flag, type=int, nargs="+", help=text.replace("%", "%%"))
         else:
-            parser.add_argument(flag, type=f.type, choices=list(PRESETS) if f.name == "preset" else None, help=text.replace("%", "%%"))
+            parser.add_argument(flag, type=f.type, choices={"preset": list(PRESETS), "layout": list(LAYOUTS)}.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     preset = PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")]
     saved = Path(given.get("out", preset.get("out", Config.out))) / "config.json"
@@ -514,6 +525,14 @@ def check(cfg, error):
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
         if getattr(cfg, name) < cfg.nproc:
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {cfg.nproc} processes (--nproc)")
+    if cfg.start and not cfg.resume:
+        world, models = evaluation.load_run(cfg.start)
+        for agent in ("mem1", "full") if cfg.full else ("mem1",):
+            if f"{agent}-demos" not in models:
+                error(f"--start {cfg.start}: this run has not imitated the {agent} agent yet; expected one that has, or --no-full")
+        for name in "n_layer", "n_head", "n_embd":
+            if getattr(cfg, name) != getattr(world, name):
+                error(f"--start {cfg.start}: its --{name.replace('_', '-')} is {getattr(world, name)}, here it is {getattr(cfg, name)}; give the same")
     if not 2 <= cfg.primer_longest <= len(envs.INDICES):
         error(f"--primer-longest {cfg.primer_longest}: expected 2 to {len(envs.INDICES)}")
 
