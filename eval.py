@@ -5,6 +5,7 @@
     python eval.py runs/cpu --json         # the same table as JSON
     python eval.py runs/cpu --layouts      # what the learner sees in three layouts against what acted
     python eval.py --layouts               # the same with random weights, on demonstrations
+    python eval.py --compare runs/*-[123]  # PPO of several runs side by side, those of a layout together
 
 Greedy decoding. Episodes come from seeds that no training and no validation episode uses (`TEST`).
 
@@ -157,6 +158,30 @@ def exchange_pruned(traj):
     return replace(traj, turns=turns, branches=branches)
 
 
+def compare(paths, say):
+    """PPO of finished runs with the mem1 agent, grouped by layout: mean (lowest to highest). {layout: {name: [a run, ...]}}."""
+    groups = {}
+    for path in map(Path, paths):
+        world, _ = load_run(path)
+        if not (path / "results.json").is_file():
+            sys.exit(f"eval.py: {path} is not finished; go on with it: python train.py --out {path} --resume")
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if (row["stage"], row["agent"]) == ("ppo", "mem1")]
+        group = groups.setdefault(world.layout, {})
+        for i in range(4):  # the reward over each quarter of the iterations
+            quarter = rows[len(rows) * i // 4 : len(rows) * (i + 1) // 4]
+            group.setdefault(f"reward {i + 1}/4", []).append(float(np.mean([row["reward"] for row in quarter])))
+        for name, pick in ("kl", np.mean), ("clip", np.mean), ("gap", np.max):
+            group.setdefault(name, []).append(float(pick([row[name] for row in rows])))
+        for n, cell in json.loads((path / "results.json").read_text())["mem1"].items():
+            group.setdefault(f"em@{n}", []).append(cell["em"])
+    say(" " * 10 + "".join(f" | {layout + ', ' + str(len(group['kl'])) + ' runs':26s}" for layout, group in groups.items()))
+    for name in next(iter(groups.values())):
+        columns = [group.get(name, [float("nan")]) for group in groups.values()]
+        say(f"{name:10s}" + "".join(f" | {np.mean(x):7.2g} ({min(x):7.2g} to {max(x):7.2g})" for x in columns))
+    return groups
+
+
 def provenance():
     """What the numbers depend on besides the seed: code and machine."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -198,11 +223,16 @@ def main():
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
     parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of a layout together")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    say = (lambda line: None) if args.json else tqdm.write
+    if args.compare:
+        results = compare(args.compare, say)
+        return print(json.dumps(results)) if args.json else None
     if not args.run and not args.layouts:
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
@@ -218,7 +248,6 @@ def main():
         model.load_state_dict(weights)
         return model
 
-    say = (lambda line: None) if args.json else tqdm.write
     if args.layouts:
         model = load("mem1") if args.run else GPT(GPTConfig(ENC.n_vocab))
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)

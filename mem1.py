@@ -11,7 +11,8 @@ at every turn, and the next turn sees nothing else of the past:
              read again, and not trained           trained, exactly once
 
 This file holds the whole method but the optimiser: the tags and the tokenizer, the parser of what the
-agent wrote, the context policies (what to keep), the rollout, and the trajectory as the learner sees it.
+agent wrote, the context policies (what to keep), the rollout, the trajectory as the learner sees it, and, to
+measure what it is worth to be exact, the paper's own layout of it and that of its released code.
 
 The one idea. Contexts of an episode that share a beginning share tokens, so together they are a tree:
 a token's context is its path to the root. Here the tree is a trunk, the task, and *branches*. A branch
@@ -289,63 +290,6 @@ def window(turns, k=2):
 POLICIES = {"mem1": mem1, "full": full}
 
 # ----------------------------------------------------------------------------------------------
-# Two layouts that are not the tree, to measure what they cost: another view of a MEM1 trajectory for the learner
-
-
-def stitched(traj, released=False):
-    """The paper's layout (sec. 3.3, app. A.7): every token once, and a mask hides what its turn did not see.
-
-    >>> print(picture(stitched(sketch(mem1, turns=3))))
-      T S Q I S Q I S Q
-    T 1 . . . . . . . .
-    S 1 1 . . . . . . .
-    Q 1 1 1 . . . . . . *
-    I 1 1 1 1 . . . . .
-    S 1 1 1 1 1 . . . .
-    Q 1 1 1 1 1 1 . . . *
-    I 1 1 1 1 1 1 1 . .
-    S 1 . . . 1 1 1 1 .
-    Q 1 . . . 1 1 1 1 1 *
-
-    From turn 3 on it is not what acted. The keys that turn 3 reads of turn 2 were computed while turn 2 still
-    saw turn 1, so from the second layer on they carry it; and positions go on, where the agent's began anew.
-
-    released: the layout of the paper's published code. It also hides the previous state, which the agent did
-    see, and an <info> sees nothing but itself.
-
-    >>> print(picture(stitched(sketch(mem1, turns=3), released=True)))
-      T S Q I S Q I S Q
-    T 1 . . . . . . . .
-    S 1 1 . . . . . . .
-    Q 1 1 1 . . . . . . *
-    I . . . 1 . . . . .
-    S 1 . 1 1 1 . . . .
-    Q 1 . 1 1 1 1 . . . *
-    I . . . . . . 1 . .
-    S 1 . . . . 1 1 1 .
-    Q 1 . . . . 1 1 1 1 *
-    """
-    branch, turn, part = Branch(), [-1] * len(traj.task), ["task"] * len(traj.task)
-    for t, this in enumerate(traj.turns):
-        branch.extend(this.state[:1], trained=False)  # its <IS> is given
-        branch.extend(this.state[1:] + this.action, trained=True)
-        branch.extend(this.info, trained=False)
-        for name, ids in vars(this).items():  # state, action, info
-            turn += [t] * len(ids)
-            part += [name] * len(ids)
-    turn, part = np.array(turn), np.array(part)
-    ago = turn[:, None] - turn  # turns between the one who reads and what is read
-    see = np.tri(len(turn), dtype=bool) & ((part == "task") | (ago <= 1))
-    if released:
-        see &= (ago == 0) | (part != "state")
-        see &= (part[:, None] != "info") | ((ago == 0) & (part == "info"))
-    branch.see = see[len(traj.task) :]
-    return replace(traj, branches=[branch])
-
-
-LAYOUTS = {"tree": lambda traj: traj, "stitched": stitched, "released": partial(stitched, released=True)}
-
-# ----------------------------------------------------------------------------------------------
 # Acting
 
 
@@ -556,3 +500,62 @@ def evaluate(model, pack):
     logps = model.logits(x).log_softmax(-1)  # (M, V)
     logp = logps.gather(-1, pack.target[:, None]).squeeze(-1)  # (M,)
     return logp, model.value(x), -(logps.exp() * logps).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Two layouts that are not the tree, to measure what they cost: another view of a MEM1 trajectory for the learner
+
+
+def stitched(traj, released=False):
+    """The paper's layout (sec. 3.3, app. A.7): every token once, and a mask hides what its turn did not see.
+
+    >>> print(picture(stitched(sketch(mem1, turns=3))))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I 1 1 1 1 . . . . .
+    S 1 1 1 1 1 . . . .
+    Q 1 1 1 1 1 1 . . . *
+    I 1 1 1 1 1 1 1 . .
+    S 1 . . . 1 1 1 1 .
+    Q 1 . . . 1 1 1 1 1 *
+
+    From turn 3 on it is not what acted. The keys that turn 3 reads of turn 2 were computed while turn 2 still
+    saw turn 1, so from the second layer on they carry it (and at the seam of two turns the convolution does in
+    the first); and positions go on, where the agent's began anew.
+
+    released: the layout of the paper's published code. It also hides the previous state, which the agent did
+    see, and an <info> sees nothing but itself.
+
+    >>> print(picture(stitched(sketch(mem1, turns=3), released=True)))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I . . . 1 . . . . .
+    S 1 . 1 1 1 . . . .
+    Q 1 . 1 1 1 1 . . . *
+    I . . . . . . 1 . .
+    S 1 . . . . 1 1 1 .
+    Q 1 . . . . 1 1 1 1 *
+    """
+    branch, turn, part = Branch(), [-1] * len(traj.task), ["task"] * len(traj.task)
+    for t, this in enumerate(traj.turns):
+        branch.extend(this.state[:1], trained=False)  # its <IS> is given
+        branch.extend(this.state[1:] + this.action, trained=True)
+        branch.extend(this.info, trained=False)
+        for name, ids in vars(this).items():  # state, action, info
+            turn += [t] * len(ids)
+            part += [name] * len(ids)
+    turn, part = np.array(turn), np.array(part)
+    ago = turn[:, None] - turn  # turns between the one who reads and what is read
+    see = np.tri(len(turn), dtype=bool) & ((part == "task") | (ago <= 1))
+    if released:
+        see &= (ago == 0) | (part != "state")
+        see &= (part[:, None] != "info") | ((ago == 0) & (part == "info"))
+    branch.see = see[len(traj.task) :]
+    return replace(traj, branches=[branch])
+
+
+LAYOUTS = {"tree": lambda traj: traj, "stitched": stitched, "released": partial(stitched, released=True)}

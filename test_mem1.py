@@ -793,6 +793,29 @@ def test_evaluation_reads_a_run_and_repeats_its_results(finished):
     assert code == 0 and text.count("task   <task>") == 2 and "right would be" in text
 
 
+def test_layouts_are_measured_against_what_acted(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "eval.py --layouts --json --episodes 3 --objectives 2,4".split())
+    evaluation.main()
+    measures = json.loads(capsys.readouterr().out)
+    assert list(measures) == ["tree", "stitched", "released"] and all(list(m) == ["2", "4"] for m in measures.values())
+    for n in "2", "4":
+        tree, stitched, released = (measures[layout][n] for layout in measures)
+        assert tree["mean_nats"] == tree["leak"] == 0.0 < stitched["leak"]
+        assert 1e-3 < stitched["mean_nats"] < released["mean_nats"] and stitched["tokens"] == released["tokens"] < tree["tokens"]
+
+
+def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(finished, tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--start", finished[0], "--no-full", "--layout", "stitched", "--out", tmp_path / "again"]
+    code, _, err = script("train.py", *flags)
+    assert code == 0, err
+    assert [row["stage"] for row in metrics(tmp_path / "again")] == ["ppo"] * 4
+    assert results(tmp_path / "again")[0]["mem1-demos"] == results(finished[0])[0]["mem1-demos"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--json", "--compare", str(finished[0]), str(tmp_path / "again")])
+    evaluation.main()
+    groups = json.loads(capsys.readouterr().out)
+    assert list(groups) == ["tree", "stitched"] and all(len(values) == 1 for values in groups["stitched"].values())
+
+
 @pytest.mark.parametrize("lines, number", [(2, signal.SIGINT), (10, signal.SIGTERM), (14, signal.SIGINT)])
 def test_an_interrupted_run_resumed_equals_the_uninterrupted_one(finished, tmp_path, lines, number):
     code, text, err = script("train.py", *TINY, "--out", tmp_path / "run", interrupt=(tmp_path / "run" / "metrics.jsonl", lines, number))
@@ -818,6 +841,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--device", "cuda"], "no GPU"), (["--resume", "--out", "/nonexistent/run"], "no checkpoint"),
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
+    (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
     (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
@@ -838,7 +862,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
 
 
 def test_evaluation_of_what_is_not_a_run_gets_one_line(tmp_path, monkeypatch):
-    for flags in ([str(tmp_path)], [str(tmp_path / "none")]):
+    for flags in ([str(tmp_path)], [str(tmp_path / "none")], ["--compare", str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
         with pytest.raises(SystemExit, match="does not exist; expected the directory of a run"):
             evaluation.main()
