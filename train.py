@@ -327,7 +327,7 @@ def run(rank, world_size, cfg):
     state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
     if cfg.start:
         models = evaluation.load_run(cfg.start)[1]
-        state["models"] = {name: models[name] for name in models if name == "primer" or name.endswith("-demos")}
+        state["models"] = {f"{agent}-demos": models[f"{agent}-demos"] for _, agent in stages}
     if cfg.resume:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     started = time.perf_counter() - state["seconds"]
