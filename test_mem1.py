@@ -616,6 +616,23 @@ def test_with_another_layout_ppo_starts_from_ratio_one_and_the_gap_says_what_the
     assert (logp - old_logp).abs().max() < 1e-10 and row["gap"] > 1e-3
 
 
+@pytest.mark.parametrize("cap", [1, 2])
+def test_turns_cut_off_at_once_and_episodes_of_one_token_give_a_finite_step(monkeypatch, cap):
+    monkeypatch.setattr(mem1, "turn_cap", lambda n: cap)
+    gradient, row, given_ = one_iteration(monkeypatch)
+    assert torch.isfinite(gradient).all() and gradient.norm() > 0 and all(np.isfinite(value) for value in row.values())
+    assert row["tokens"] <= 15 * cap and len(given_["token_rewards"][0][1]) == row["tokens"]
+
+
+def test_a_process_without_work_takes_part_in_the_backward_pass_with_a_gradient_of_zero():
+    gpt = talkative()
+    (p,) = pack(play(gpt, mem1.mem1, [3, 2]), which=[])
+    logp, value, entropy = evaluate(gpt, p)
+    assert len(logp) == len(p.target) == 0
+    (logp.sum() + value.sum() + entropy.sum()).backward()
+    assert all((q.grad == 0.0).all() for q in gpt.parameters())
+
+
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_gae_is_the_double_sum_of_its_definition(lengths, gamma, lam, seed):
     rng, rewards, values, want = np.random.default_rng(seed), [], [], []
