@@ -143,9 +143,9 @@ def learned(model, trajs):
     """The learner's log-probabilities (M,) of all trained tokens, and the seconds that forward and backward pass took."""
     logp, began = torch.empty(sum(traj.n_trained for traj in trajs)), time.perf_counter()
     for batch in pack(trajs):
-        mine = evaluate(model, batch)[0]
+        mine = evaluate(model, batch.to(model.emb.weight.device))[0]  # (M',)
         mine.sum().backward()
-        logp[batch.index] = mine.detach()
+        logp[batch.index] = mine.detach().cpu()
     model.zero_grad()
     return logp, time.perf_counter() - began
 
@@ -249,7 +249,7 @@ def main():
         return model
 
     if args.layouts:
-        model = load("mem1") if args.run else GPT(GPTConfig(ENC.n_vocab))
+        model = load("mem1") if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
     elif args.show:
         n = args.objectives[0] if args.objectives else 4

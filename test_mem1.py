@@ -578,7 +578,7 @@ def one_iteration(monkeypatch, **kwargs):
     for name in "token_rewards", "policy_loss":
         monkeypatch.setattr(ppo, name, lambda *args, name=name, old=getattr(ppo, name), **kw: (given_.setdefault(name, []).append(args), old(*args, **kw))[1])
     cfg = train.Config(device="cpu", ppo_batch=5, ppo_epochs=1, ppo_minibatches=1, primer_coef=0.0, ppo_primer=1, primer_longest=2, grad_clip=1e9, **kwargs)
-    gpt, draw = talkative(), np.random.default_rng(0)
+    gpt = talkative()
     worlds = [AnyWorld(n, [0, i]) for i, n in enumerate((4, 1, 5, 2, 3))]
     for i, world in enumerate(worlds):
         world.em = i / 10

@@ -55,7 +55,7 @@ class Config:
     nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
     threads: int = 1  # torch threads a process: more of them fight over small matrices
     full: bool = True  # train the full-context agent too
-    start: str = ""  # a run whose primer and imitated agents to take: then there is PPO only
+    start: str = ""  # a run whose imitated agents to take: then there is PPO only
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
@@ -417,6 +417,7 @@ def begin_metrics(out, cfg, stages, state):
 
 
 def weights_of(model):
+    """A copy on the CPU, which further steps do not change."""
     return {key: value.cpu().clone() for key, value in model.state_dict().items()}
 
 
