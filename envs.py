@@ -168,11 +168,11 @@ def score(text, golds):
     return em, f1
 
 
-def demonstrator(prompt, rng, forget=0.0, whole=True):
-    """The scripted expert: a generator that yields (state, kind, text) and is sent each observation.
+def demonstrator(prompt, seen="", amnesic=False, style="whole"):
+    """The scripted expert: what to write, (state, kind, text), given the task and `seen`, the context kept of earlier turns.
 
-    It sees what the agent sees, no more. Its state first says what was found, then rewrites a list a
-    little: the answers so far, the question at hand as far as it is still open, and the index of the
+    It remembers nothing by itself, as the agent does not. Its state first says what was found, then rewrites
+    a list a little: the answers so far, the question at hand as far as it is still open, and the index of the
     question to take up next (or `.`). So nothing has to be counted, only looked up and copied. With
     nothing left to ask, or no turn to ask in, the list is the answer, and `.` stands in its place:
 
@@ -182,30 +182,54 @@ def demonstrator(prompt, rng, forget=0.0, whole=True):
         turn 3   milu pupil zupe ; #64 jero #65 : zupe neighbour .            query zupe neighbour
         turn 4   zupe neighbour veba .                                        answer #64 jero #65 veba
 
-    forget   in this share of its episodes the demonstrator is amnesic, and carries no answer on to
-             another turn: what is left for reinforcement to learn is to remember
-    whole    True: the state holds all of the memory (the agent will see no other).
-             False: only what is new in it, for an agent whose context keeps the older states
+    amnesic  it carries no answer on to another turn: what is left for reinforcement to learn is to remember
+    style    whole: the state holds all of the memory, the agent will see no other
+             fresh: only what is new in it, for an agent whose context keeps older states
+             apart: thought, then memory, for an agent that keeps nothing but what stands behind the `;`
+
+    >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
+    ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    questions = re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)
-    following = [q[0] for q in questions[1:]] + [STOP]
-    memory, fresh = [], []  # `#index answer` entries; those of them not yet written down
-    found, due = [], False  # the last fact found; must it answer now
-    amnesic = rng.random() < forget
-    for (index, subject, relations), then in zip(questions, following):
+    questions = {q[0]: [q[1], q[2].split()] for q in re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)}
+    indices = [*questions, STOP]
+    after = lambda index: indices[indices.index(index) + 1] if index in questions else indices[0]
+    take_up = lambda index: (index, *questions.get(index, ("", [])), after(index) if index in questions else "")
+    answers = dict(re.findall(r"(#\d+) (\w+)", seen))
+    query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
+
+    # Which question was at hand? The last state says it; without one, it follows from the query, as far as it can.
+    stated = re.findall(r"(#\d+) :+ (\w+)((?: \w+)*) (#\d+|\.)", seen)
+    if stated:
+        index, subject, relations, then = stated[-1]
         relations = relations.split()
-        while relations and not due:
-            state = [*found, LIST, *(memory if whole else fresh), index, *asked(subject, relations), then]
-            observation = yield " ".join(state), "query", f"{subject} {relations[0]}"
-            memory, fresh = [] if amnesic else memory, []
-            found = re.findall(rf"\b{subject} {relations[0]} \w+", observation)[:1]
-            if found:
-                subject, relations = found[0].split()[-1], relations[1:]
-            due = "answer now" in observation
-        memory, fresh = [*memory, f"{index} {subject}"], [f"{index} {subject}"]
-        if due:
-            break
-    yield " ".join([*found, STOP]), "answer", " ".join(memory)
+    else:
+        subject, relation = (query.split() + ["", ""])[:2]
+        begun = [index for index, question in questions.items() if question[0] == subject] or [after(["", *answers][-1])]
+        index, _, relations, then = take_up(begun[0])
+        relations = relations[relations.index(relation) :] if relation in relations else []
+        if not relations:
+            index, subject, relations, then = take_up(begun[0])
+    if amnesic:
+        answers = dict([*answers.items()][-1:]) if style == "apart" else {}  # the last: where it is, it knows from nothing else
+
+    # One step on with it.
+    fresh, due = {}, "answer now" in info
+    found = re.findall(rf"\b{subject} {relations[0]} \w+", info)[:1] if query and relations else []
+    if found:
+        subject, relations = found[0].split()[-1], relations[1:]
+    if due or not relations:
+        answers[index] = fresh[index] = subject
+        index, subject, relations, then = take_up(then)
+    if due or index == STOP:
+        return " ".join([*found, STOP]), "answer", entries(answers)
+    question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
+    parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]
+    return " ".join(filter(None, [*found, *parts])), "query", f"{subject} {relations[0]}"
+
+
+def entries(answers):
+    """`#64 jero #65 veba`"""
+    return " ".join(f"{index} {answer}" for index, answer in answers.items())
 
 
 def primer(rng, longest):

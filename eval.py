@@ -34,43 +34,69 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
-from mem1 import ENC, LAYOUTS, POLICIES, TAG_IDS, Turn, demonstrate, evaluate, mem1, pack, recorded, rollout
+from mem1 import ENC, LAYOUTS, POLICIES, TAG_IDS, Turn, demonstrate, evaluate, expert, mem1, pack, parse, recorded, rollout
 from model import GPT, GPTConfig
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
 BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
 
 
-def measure(model, agent, world, n_objectives, episodes, split, rank=0, world_size=1):
-    """Means over `episodes` test episodes: {em, f1, peak, turns, valid, time}. The processes share the work."""
-    mine, rows = range(rank, episodes, world_size), []
+MEASURES = ("em", "f1", "peak", "dependency", "turns", "valid", "right", "time", "kv_bytes", "tokens", "state", "query", "info", "answer")
+
+
+def play(model, policy, world, n_objectives, episodes, split, rank=0, world_size=1):
+    """Greedy episodes, their trajectories one by one. The processes share the work."""
+    mine = range(rank, episodes, world_size)
     for i in range(0, len(mine), BATCH):
-        environments = [envs.ComposedQA(n_objectives, tuple(world.hops), world.distractors, world.top_k, [0, split, n_objectives, j, 0])
-                        for j in mine[i : i + BATCH]]
-        for traj in rollout(model, environments, POLICIES[agent]):
-            rows.append([traj.env.em, traj.env.f1, traj.peak, len(traj.turns), traj.valid / len(traj.turns), traj.seconds])
+        yield from rollout(model, [envs.ComposedQA(n_objectives, tuple(world.hops), world.distractors, world.top_k, [0, split, n_objectives, j, 0])
+                                   for j in mine[i : i + BATCH]], policy)
+
+
+def measure(model, policy, world, n_objectives, episodes, split, rank=0, world_size=1):
+    """Means over test episodes, {name: value} for the MEASURES."""
+    rows = [measures(traj, policy) for traj in play(model, policy, world, n_objectives, episodes, split, rank, world_size)]
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, rows)
         rows = sum(parts, [])
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-    return dict(zip(("em", "f1", "peak", "turns", "valid", "time"), means))
+    return dict(zip(MEASURES, torch.tensor(rows, dtype=torch.float64).mean(0).tolist()))
 
 
-def table(models, world, policies, say, episodes, rank=0, world_size=1, device="cpu"):
-    """{policy: {objectives: measures}}, a line said for each as it is known."""
-    say(f"{'policy':12s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} {'valid':>6s} {'time':>7s}")
+def measures(traj, policy):
+    """One episode's, in the order of MEASURES."""
+    n, turns = len(traj.turns), traj.turns
+    right = sum(turn.written == expert(traj.env.prompt, policy, turns[:t]) for t, turn in enumerate(turns))
+    tokens = len(traj.task) + sum(len(branch.ids) for branch in traj.branches)
+    answer = len(turns[-1].action) if traj.env.cause == "answered" else 0
+    longest = [max(len(turn.state) for turn in turns), max((len(turn.action) for turn in turns if turn.info), default=0), max(len(turn.info) for turn in turns)]
+    return [traj.env.em, traj.env.f1, traj.peak, traj.dependency, n, traj.valid / n, right / n, traj.seconds, traj.kv_bytes, tokens, *longest, answer]
+
+
+def methods(models):
+    """{method: (model, policy)} of a run: what it trained, and `truncate`, MEM1's context with full context's weights."""
+    found = {name: (name, policy) for agent, policy in POLICIES.items() for name in (agent, f"{agent}-demos") if name in models}
+    return {**found, "truncate": ("full", mem1)} if "full" in models else found
+
+
+def table(models, world, methods, say, episodes, rank=0, world_size=1, device="cpu"):
+    """{method: {objectives: measures}}, a line said for each as it is known."""
+    say(f"{'method':13s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} {'valid':>6s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
     results = {}
-    for name in policies:
-        config, weights = models[name]
-        model = GPT(GPTConfig(**config)).to(device)
-        model.load_state_dict(weights)
+    for name, (model, policy) in methods.items():
+        model = load(models[model], device)
         for n in world.eval_objectives:
-            r = measure(model, name.split("-")[0], world, n, episodes, TEST, rank, world_size)
+            r = measure(model, policy, world, n, episodes, TEST, rank, world_size)
             results.setdefault(name, {})[str(n)] = r
-            say(f"{name:12s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} {r['peak']:7.1f} {r['turns']:6.1f} "
-                f"{r['valid']:6.1%} {r['time']:6.3f}s")
+            say(f"{name:13s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} {r['peak']:7.1f} {r['turns']:6.1f} {r['valid']:6.1%} "
+                f"{r['right']:6.1%} {r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
     return results
+
+
+def load(saved, device="cpu"):
+    """A model as saved: [config, weights]."""
+    model = GPT(GPTConfig(**saved[0])).to(device)
+    model.load_state_dict(saved[1])
+    return model
 
 
 def trend(results):
@@ -121,10 +147,10 @@ def layouts(model, world, horizons, episodes, say):
             trajs = rollout(model, worlds, mem1, [np.random.default_rng([*seed, 2]) for seed in seeds])
             acted = torch.tensor(recorded(trajs, "logp"))  # (M,)
         else:
-            trajs = [demonstrate(envs.ComposedQA(n, seed=[*seed, 0]), mem1, np.random.default_rng(0)) for seed in seeds]
+            trajs = [demonstrate(envs.ComposedQA(n, seed=[*seed, 0]), mem1) for seed in seeds]
             acted = learned(model, trajs)[0]
-        turn = torch.tensor([t for traj in trajs for t, this in enumerate(traj.turns) for _ in this.state[1:] + this.action])  # (M,)
-        last = torch.cat([torch.arange(traj.n_trained) >= traj.n_trained - len((traj.turns[-1].state + traj.turns[-1].action)[1:])
+        turn = torch.tensor([t for traj in trajs for t, this in enumerate(traj.turns) for _ in this.written])  # (M,)
+        last = torch.cat([torch.arange(traj.n_trained) >= traj.n_trained - len(traj.turns[-1].written)
                           for traj in trajs])  # (M,) in the last turn of its episode
         for name, layout in LAYOUTS.items():
             views = list(map(layout, trajs))
@@ -237,31 +263,24 @@ def main():
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
-    have = [name for name in models if name != "primer"]
-    policies = args.policies.split(",") if args.policies else have
-    if not set(policies) <= set(have):
+    have = methods(models)
+    chosen = {name: have[name] for name in args.policies.split(",") if name in have} if args.policies else have
+    if args.policies and len(chosen) < len(args.policies.split(",")):
         parser.error(f"--policies {args.policies}: the run has {', '.join(have) or 'none yet'}")
 
-    def load(name):
-        config, weights = models[name]
-        model = GPT(GPTConfig(**config)).to(args.device)
-        model.load_state_dict(weights)
-        return model
-
     if args.layouts:
-        model = load("mem1") if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
+        model = load(models["mem1"], args.device) if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
     elif args.show:
-        n = args.objectives[0] if args.objectives else 4
-        for name in policies:
-            worlds = [envs.ComposedQA(n, tuple(world.hops), world.distractors, world.top_k, [0, TEST, n, i, 0]) for i in range(args.show)]
+        for name, (model, policy) in chosen.items():
+            n = args.objectives[0] if args.objectives else 4
             print(f"--- {name}, {n} objectives: - pruned, = kept, + written now")
-            for traj in rollout(load(name), worlds, POLICIES[name.split("-")[0]]):
-                show(traj, POLICIES[name.split("-")[0]], sys.stdout.isatty())
+            for traj in play(load(models[model], args.device), policy, world, n, args.show, TEST):
+                show(traj, policy, sys.stdout.isatty())
         return
     else:
         world.eval_objectives = args.objectives or world.eval_objectives
-        results = table(models, world, policies, say, args.episodes or world.eval_episodes, device=args.device)
+        results = table(models, world, chosen, say, args.episodes or world.eval_episodes, device=args.device)
         if "mem1" in results:
             say(trend(results))
     if args.json:

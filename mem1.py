@@ -67,6 +67,7 @@ def build_encoding(words):
 
 ENC = build_encoding(envs.WORDS)
 TASK, IS, QUERY, ANSWER, INFO, END = TAG_IDS = [ENC.encode_single_token(tag) for tag in TAGS]
+SPLIT = ENC.encode_single_token(" " + envs.LIST)
 
 
 def parse(ids):
@@ -99,6 +100,11 @@ class Turn:
     action: list  # <query> ... <end>, or <answer> ... <end>
     info: list  # <info> ...; empty after the last turn
 
+    @property
+    def written(self):
+        """What the agent wrote; its <IS> was given."""
+        return self.state[1:] + self.action
+
 
 @dataclass
 class Branch:
@@ -125,7 +131,7 @@ class Trajectory:
     turns: list = field(default_factory=list)
     positions: object = None  # in training, of the depths 0, 1, 2, ...; None: the depths themselves, as when acting
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
-    peak: int = 0  # most tokens in context over the turns, task not counted (MEM1 app. A.4)
+    spans: list = field(default_factory=list)  # (seen, wrote) a turn: tokens in context before it wrote, task not counted
     valid: int = 0  # well-formed turns
     seconds: float = 0.0  # wall time of its rollout, shared with the episodes beside it
     kv_bytes: int = 0  # key-value memory allocated for it
@@ -143,7 +149,7 @@ class Trajectory:
         """What the agent wrote; the environment takes its step."""
         self.branches[-1].extend(ids, trained=True, logp=logp, value=value)
         self.cached = len(self.branches[-1].ids) - 1  # the sampler has not fed back the last token
-        self.peak = max(self.peak, len(self.branches[-1].ids))
+        self.spans.append((len(self.branches[-1].ids) - len(ids), len(ids)))
         kind, state, action, text = parse(ids)
         observation = self.env.step(kind, text)
         info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
@@ -154,6 +160,16 @@ class Trajectory:
     def reward(self):
         """Share of the objectives answered exactly: the paper's EM count, scaled to 0..1."""
         return self.env.em / self.env.n_objectives
+
+    @property
+    def peak(self):
+        """Most tokens in context over the turns, task not counted (MEM1 app. A.4)."""
+        return max((seen + wrote for seen, wrote in self.spans), default=0)
+
+    @property
+    def dependency(self):
+        """How many tokens all that was written looked back on (MEM1 app. A.4): token i of a turn on `seen` + i."""
+        return sum((seen + wrote / 2) * wrote for seen, wrote in self.spans)
 
     @property
     def n_trained(self):
@@ -261,10 +277,10 @@ def full(turns):
     return [token for turn in turns for token in turn.state + turn.action + turn.info]
 
 
-def window(turns, k=2):
+def window(turns, k=3):
     """The last k turns, and nothing of those before.
 
-    >>> print(picture(sketch(window, turns=4)))
+    >>> print(picture(sketch(partial(window, k=2), turns=4)))
       T S Q I S Q I S Q S Q I S Q I S Q
     T 1 . . . . . . . . . . . . . . . .
     S 1 1 . . . . . . . . . . . . . . .
@@ -287,29 +303,53 @@ def window(turns, k=2):
     return full(turns[-k:])
 
 
-POLICIES = {"mem1": mem1, "full": full}
+def notes(turns, k=2):
+    """The last turn, and of the earlier ones the k that share most words with its query: an external memory with
+    retrieval (after A-MEM, arXiv 2502.12110, as in MEM1 app. A.4). Of equals the later."""
+    *earlier, last = turns
+    alike = lambda t: (len(set(last.action) & set(earlier[t].state + earlier[t].action + earlier[t].info)), t)
+    return full([earlier[t] for t in sorted(sorted(range(len(earlier)), key=alike)[-k:])] + [last])
+
+
+def amnesic(turns):
+    """The last query and info without the state: what can be done with no memory at all."""
+    return turns[-1].action + turns[-1].info
+
+
+def separate(turns):
+    """As mem1, but of the state only what stands behind the `;` is kept: what is before it reasons, and is thrown
+    away, what is behind it remembers (the ablation of MEM1's ICLR version; the shape of MemAgent, arXiv 2507.02259)."""
+    last = turns[-1]
+    memory = last.state[last.state.index(SPLIT) :] if SPLIT in last.state else []
+    return memory + last.action + last.info
+
+
+POLICIES = {"mem1": mem1, "full": full, "window": window, "notes": notes, "amnesic": amnesic, "separate": separate}
 
 # ----------------------------------------------------------------------------------------------
 # Acting
 
 
-def demonstrate(env, policy, rng, forget=0.0):
-    """An episode played by the scripted demonstrator, as a trajectory to imitate."""
+def demonstrate(env, policy, amnesic=False):
+    """An episode played by the scripted demonstrator, who sees what `policy` keeps, as a trajectory to imitate."""
     traj = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)])
-    script = envs.demonstrator(env.prompt, rng, forget, whole=policy is not full)
-    state, kind, text = next(script)
-    while True:
+    while not env.done:
         traj.open_turn(policy)
-        encode = lambda words: ENC.encode_ordinary(" " + words if words else "")
-        traj.close_turn([*encode(state), QUERY if kind == "query" else ANSWER, *encode(text), END])
-        if env.done:
-            return traj
-        state, kind, text = script.send(ENC.decode(traj.turns[-1].info[1:]))
+        traj.close_turn(expert(env.prompt, policy, traj.turns, amnesic))
+    return traj
+
+
+def expert(prompt, policy, turns, amnesic=False):
+    """What the demonstrator would write after `turns`, as ids."""
+    style = {separate: "apart", full: "fresh", window: "fresh", notes: "fresh"}.get(policy, "whole")
+    state, kind, text = envs.demonstrator(prompt, ENC.decode(policy(turns)) if turns else "", amnesic, style)
+    encode = lambda words: ENC.encode_ordinary(" " + words if words else "")
+    return [*encode(state), QUERY if kind == "query" else ANSWER, *encode(text), END]
 
 
 def turn_cap(n_objectives):
-    """Tokens that an agent may write in a turn: a state and an answer of all objectives, and half as much again."""
-    return 32 + 6 * n_objectives
+    """Tokens that an agent may write in a turn: a state that holds all objectives, and half as much again."""
+    return 24 + 3 * n_objectives
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from model import GPT, Cache, GPTConfig, Prefix
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
 settings.register_profile("thorough", settings.get_profile("mem1"), max_examples=250)
 settings.load_profile(os.environ.get("PROFILE", "mem1"))
+FEWER = settings(max_examples=settings.default.max_examples * 2 // 5)
 torch.set_num_threads(1)
 
 # ----------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def dense(gpt, traj):
     return logps[parent[chosen], ids[chosen]]
 
 
-@settings(max_examples=10)
+@FEWER
 @given(policies, st.integers(1, 6), st.integers(0, 99), st.sampled_from(list(mem1.LAYOUTS)))
 @example(mem1.mem1, 6, 0, "tree")
 @example(mem1.mem1, 6, 0, "stitched")
@@ -233,7 +234,7 @@ def test_exchanged_words_in_pruned_turns_reach_the_last_turn_in_the_stitched_lay
         assert (off[:-n] > 0).any()  # control: it does reach the turns that saw it
 
 
-@settings(max_examples=10)
+@FEWER
 @given(policies, st.integers(2, 5), st.integers(0, 99), st.randoms())
 def test_no_token_sees_what_comes_after_it_and_no_row_is_empty(policy, turns, seed, random):
     gpt = talkative()
@@ -369,7 +370,7 @@ def test_other_pruned_text_changes_nothing_bitwise_and_other_kept_text_does():
     assert (learned(gpt, [traj])[0][cut : cut + per_branch[2]] != before[cut : cut + per_branch[2]]).all()
 
 
-@settings(max_examples=10)
+@FEWER
 @given(policies, st.lists(st.integers(2, 5), min_size=2, max_size=4), st.integers(0, 99))
 def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed):
     gpt = talkative()
@@ -489,25 +490,25 @@ def test_a_huge_action_is_cut_off_in_time():
     assert time.perf_counter() - start < 5 and env.done
 
 
-def run_demonstrator(env, **kwargs):
-    script = envs.demonstrator(env.prompt, np.random.default_rng(0), **kwargs)
-    act = next(script)
-    while True:
-        observation = env.step(*act[1:])
-        if env.done:
-            return env
-        act = script.send(observation)
-
-
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 32, 64])
 @pytest.mark.parametrize("hops", [(1, 2), (3, 3), (1, 3)])
 def test_the_demonstrator_solves_every_size_unless_it_forgets_or_has_no_turns(n, hops):
-    for seed in range(5):
-        env = run_demonstrator(envs.ComposedQA(n, hops, seed=seed))
-        assert (env.em, env.f1, env.cause) == (n, n, "answered")
-    assert run_demonstrator(envs.ComposedQA(16, seed=0), forget=1.0).em < 8
-    hurried = run_demonstrator(envs.ComposedQA(16, seed=0, max_turns=10))
-    assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
+    for policy in mem1.mem1, mem1.full, mem1.separate:
+        for seed in range(3):
+            env = demonstrate(envs.ComposedQA(n, hops, seed=seed), policy).env
+            assert (env.em, env.f1, env.cause) == (n, n, "answered")
+        assert demonstrate(envs.ComposedQA(16, seed=0), policy, amnesic=True).env.em < 8
+        hurried = demonstrate(envs.ComposedQA(16, seed=0, max_turns=10), policy).env
+        assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
+
+
+def test_the_demonstrator_knows_no_more_than_its_context_holds():
+    for policy, most in (mem1.window, 4), (mem1.notes, 4), (mem1.amnesic, 2):
+        solved = [demonstrate(envs.ComposedQA(16, seed=seed), policy).env.em for seed in range(10)]
+        assert max(solved) <= most and (policy is mem1.amnesic or min(solved) >= 1), (policy, solved)
+    found = " jelo pupil jero"
+    for seen, now in ("", ""), ("<IS> #64 zupe ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero, jelo ally zupe", found):
+        assert envs.demonstrator(" #64 : jelo pupil .", seen) == ((f"{found} .".strip(), "answer", "#64 jero") if now else ("; #64 : jelo pupil .", "query", "jelo pupil"))
 
 
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
@@ -789,7 +790,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_config_metrics_checkpoint_and_results(finished):
     out, text = finished
     table, meta = results(out)
-    assert list(table) == ["mem1", "mem1-demos", "full", "full-demos"] and all(list(rows) == ["1", "2"] for rows in table.values())
+    assert list(table) == ["mem1", "mem1-demos", "full", "full-demos", "truncate"] and all(list(rows) == ["1", "2"] for rows in table.values())
     assert all(set(cell) == {"em", "f1", "peak", "turns", "valid"} for rows in table.values() for cell in rows.values())
     assert {"seed", "episodes", "commit", "machine", "minutes"} <= set(meta)
     assert json.loads((out / "config.json").read_text())["config"]["ppo_batch"] == 6
@@ -822,7 +823,7 @@ def test_layouts_are_measured_against_what_acted(monkeypatch, capsys):
 
 
 def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(finished, tmp_path, monkeypatch, capsys):
-    flags = [*TINY, "--start", finished[0], "--no-full", "--layout", "stitched", "--out", tmp_path / "again"]
+    flags = [*TINY, "--start", finished[0], "--agents", "mem1", "--layout", "stitched", "--out", tmp_path / "again"]
     code, _, err = script("train.py", *flags)
     assert code == 0, err
     assert [row["stage"] for row in metrics(tmp_path / "again")] == ["ppo"] * 4
@@ -889,7 +890,7 @@ def test_every_test_and_flag_that_the_readme_names_exists():
     text, source = (HERE / "README.md").read_text(), Path(__file__).read_text()
     names = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", text)
     assert len(names) > 8 and all(f"def {name}" in source for name in names), names
-    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config)} | {"--no-full", *re.findall(r'"(--[a-z]+)"', (HERE / "eval.py").read_text())}
+    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config)} | set(re.findall(r'"(--[a-z]+)"', (HERE / "eval.py").read_text()))
     elsewhere = {"--index-url", "--nproc_per_node"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | elsewhere
 

@@ -11,7 +11,8 @@ Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights 
     primer   copying, editing, looking up, on random words. No environment. Shared by both agents
     demos    imitation of a forgetful demonstrator on few objectives: the format, and how to search
     ppo      reward alone: what to remember
-The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs.
+The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs
+(`--agents` trains others: window, notes, amnesic, separate).
 
 Every random choice is keyed by (seed, stage, step, episode): see `rng`. So a resumed run repeats an
 uninterrupted one, and any number of processes plays the same episodes.
@@ -54,7 +55,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
     threads: int = 1  # torch threads a process: more of them fight over small matrices
-    full: bool = True  # train the full-context agent too
+    agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     start: str = ""  # a run whose imitated agents to take: then there is PPO only
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
@@ -153,7 +154,7 @@ def demonstration(cfg, agent, step, i, longest):
         env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, enough)))
     elif kind < 2 * cfg.hurry:
         env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(enough, max(enough, most_ever) + 1)))
-    traj = demonstrate(env, POLICIES[agent], draw, cfg.forget)
+    traj = demonstrate(env, POLICIES[agent], amnesic=draw.random() < cfg.forget)
     depth = len(traj.task) + max(len(branch.ids) for branch in traj.branches)
     traj.positions = np.sort(draw.choice(draw.integers(depth, max(longest, depth) + 1), depth, replace=False))
     return traj
@@ -321,7 +322,7 @@ def run(rank, world_size, cfg):
     say = tqdm.write if rank == 0 else lambda line: None
 
     stages = [] if cfg.start else [("primer", None)]
-    for agent in ("mem1", "full") if cfg.full else ("mem1",):
+    for agent in cfg.agents:
         stages += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
     steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, ppo=cfg.ppo_steps)
     state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
@@ -375,7 +376,7 @@ def run(rank, world_size, cfg):
             done = step + 1
             if agent and (done % every == 0 or done == steps):
                 for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
-                    look = evaluation.measure(model, agent, cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
+                    look = evaluation.measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
                     row.update({f"{key}@{n}": look[key] for key in ("em", "peak")})
                 if stage == "ppo" and (not state["best"] or look["em"] >= state["best"][0]):  # at the farther horizon
                     state["best"] = [look["em"], weights_of(model)]
@@ -395,8 +396,7 @@ def run(rank, world_size, cfg):
         state["models"][name] = [dataclasses.asdict(model.config), weights]
         save(stage=state["stage"] + 1, step=0, model=None, optimiser=None, best=None)
 
-    policies = [name for name in ("mem1", "mem1-demos", "full", "full-demos") if name in state["models"]]
-    results = evaluation.table(state["models"], cfg, policies, say, cfg.eval_episodes, rank, world_size, cfg.device)
+    results = evaluation.table(state["models"], cfg, evaluation.methods(state["models"]), say, cfg.eval_episodes, rank, world_size, cfg.device)
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=(time.perf_counter() - started) / 60, **evaluation.provenance())
     if rank == 0:
         evaluation.write_atomically(out / "results.json", lambda path: path.write_text(json.dumps({**results, "meta": meta}, indent=1)))
@@ -428,7 +428,7 @@ def gpt_config(cfg):
 def depth_needed(cfg, agent):
     """Tokens in the longest context at the farthest horizon to be tested: positions are trained up to there."""
     n = max(cfg.eval_objectives)
-    trajs = [demonstrate(world(cfg, cfg.seed, evaluation.VALID, 0, i, n), POLICIES[agent], rng(cfg.seed, evaluation.VALID, 0, i, 2)) for i in range(4)]
+    trajs = [demonstrate(world(cfg, cfg.seed, evaluation.VALID, 0, i, n), POLICIES[agent]) for i in range(4)]
     return max(len(traj.task) + traj.peak for traj in trajs)
 
 
@@ -475,14 +475,15 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
+    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES))
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
         elif f.type is tuple:
-            parser.add_argument(flag, type=int, nargs="+", help=text.replace("%", "%%"))
+            parser.add_argument(flag, type=type(f.default[0]), nargs="+", choices=choices.get(f.name), help=text.replace("%", "%%"))
         else:
-            parser.add_argument(flag, type=f.type, choices={"preset": list(PRESETS), "layout": list(LAYOUTS)}.get(f.name), help=text.replace("%", "%%"))
+            parser.add_argument(flag, type=f.type, choices=choices.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     preset = PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")]
     saved = Path(given.get("out", preset.get("out", Config.out))) / "config.json"
@@ -528,9 +529,9 @@ def check(cfg, error):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {cfg.nproc} processes (--nproc)")
     if cfg.start and not cfg.resume:
         world, models = evaluation.load_run(cfg.start)
-        for agent in ("mem1", "full") if cfg.full else ("mem1",):
+        for agent in cfg.agents:
             if f"{agent}-demos" not in models:
-                error(f"--start {cfg.start}: this run has not imitated the {agent} agent yet; expected one that has, or --no-full")
+                error(f"--start {cfg.start}: this run has not imitated the {agent} agent yet; expected one that has, or other --agents")
         for name in "n_layer", "n_head", "n_embd":
             if getattr(cfg, name) != getattr(world, name):
                 error(f"--start {cfg.start}: its --{name.replace('_', '-')} is {getattr(world, name)}, here it is {getattr(cfg, name)}; give the same")
