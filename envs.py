@@ -220,7 +220,7 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     if due or not relations:
         answers[index] = fresh[index] = subject
         index, subject, relations, then = take_up(then)
-    if due or index == STOP:
+    if due or not relations:  # `.`, or an index that is not in the task
         return " ".join([*found, STOP]), "answer", entries(answers)
     question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
     parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]

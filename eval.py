@@ -21,6 +21,7 @@ import difflib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -126,6 +127,96 @@ def show(traj, policy, color):
         before = kept + turn.state + turn.action + turn.info
     golds = " ".join(f"{index} {gold}" for index, gold in traj.env.golds)
     print(f"       {traj.env.cause}; right would be {golds}: em {traj.env.em}/{traj.env.n_objectives}, peak {traj.peak} tokens\n")
+
+
+def slip(traj, policy):
+    """Where an episode first left the way: (cause, turn, written, right), of the first turn that is not what the
+    demonstrator would have written, given what the agent saw; None if there is no such turn."""
+    for t, turn in enumerate(traj.turns):
+        right = expert(traj.env.prompt, policy, traj.turns[:t])
+        if turn.written == right:
+            continue
+        (kind, state, _, text), (want, right_state, _, right_text) = parse(turn.written), parse(right)
+        state, right_state = ENC.decode(state), ENC.decode(right_state)
+        has, should = (dict(re.findall(r"(#\d+) (\w+)", words)) for words in (f"{state} | {text}", f"{right_state} | {right_text}"))
+        asks, should_ask = (re.findall(r"(#\d+) :+", words) for words in (state, right_state))
+        if kind == "malformed":
+            cause = "malformed, or cut off"
+        elif kind != want:
+            cause = "stopped early" if kind == "answer" else "did not stop"
+        elif asks != should_ask and not set(should_ask) & set(has) and not set(asks) & set(should):
+            cause = "took up another question"
+        elif asks != should_ask or any(index in has for index in asks):
+            cause = "wrong hop"
+        elif should.keys() - has.keys():
+            cause = "lost an entry"
+        elif has.keys() - should.keys():
+            cause = "made up an entry"
+        elif has != should:
+            cause = "changed an entry"
+        elif text != right_text or re.findall(":+ .*(?= )", state) != re.findall(":+ .*(?= )", right_state):
+            cause = "wrong hop"
+        else:
+            cause = "wrong next question" if state.split()[-1:] != right_state.split()[-1:] else "another wording"
+        return cause, t + 1, ENC.decode(turn.written), ENC.decode(right)
+
+
+def failures(models, world, methods, n, episodes, say, device="cpu"):
+    """Episodes that lost objectives, sorted by the cause of their first slip: {method: {cause: measures}}, each with an example."""
+    results = {}
+    for name, (model, policy) in methods.items():
+        causes = results.setdefault(name, {})
+        for traj in play(load(models[model], device), policy, world, n, episodes, TEST):
+            if traj.env.em < n:
+                cause, turn, wrote, right = slip(traj, policy) or ("not in context any more", len(traj.turns), "", "")
+                row = causes.setdefault(cause, dict(episodes=0, lost=0, turn=0, example=f"turn {turn}: {wrote}\n      right was: {right}"))
+                row["episodes"], row["lost"], row["turn"] = row["episodes"] + 1, row["lost"] + n - traj.env.em, row["turn"] + turn
+        say(f"{name}, {n} objectives: {sum(row['episodes'] for row in causes.values())} of {episodes} episodes lost objectives; their first slip:")
+        results[name] = dict(sorted(causes.items(), key=lambda item: -item[1]["lost"]))
+        for cause, row in results[name].items():
+            row["turn"] /= row["episodes"]
+            say(f"  {cause}: {row['episodes']} episodes, {row['lost']} objectives lost, at turn {row['turn']:.0f} on average; for example\n    {row['example']}")
+    return results
+
+
+def memory(models, world, methods, n, episodes, say, device="cpu"):
+    """What the state holds, by turn: {method: {turn: {going, found, held, right, state}}}.
+
+        going  share of the episodes that come so far          held   share of them that stand in the state, rightly
+        found  answers that the agent has been shown so far    right  share of turns that are what the demonstrator would write
+        state  tokens in the state
+    """
+    results = {}
+    for name, (model, policy) in methods.items():
+        by_turn = {}
+        for traj in play(load(models[model], device), policy, world, n, episodes, TEST):
+            shown, last = "", final_facts(traj.env)
+            for t, turn in enumerate(traj.turns):
+                text, (kind, *_) = ENC.decode(turn.state), parse(turn.written)
+                found = [f"{index} {fact.split()[-1]} " for index, fact in last.items() if fact in shown]
+                right = turn.written == expert(traj.env.prompt, policy, traj.turns[:t])
+                if kind == "query":
+                    by_turn.setdefault(t + 1, []).append((len(found), sum(entry in text for entry in found), right, len(turn.state)))
+                shown += ENC.decode(turn.info) + ","
+        rows = results.setdefault(name, {})
+        for t, cells in sorted(by_turn.items()):
+            found, held, right, state = np.mean(cells, axis=0).tolist()
+            rows[str(t)] = dict(going=len(cells) / episodes, found=found, held=held / found if found else 0.0, right=right, state=state)
+        say(f"{name}, {n} objectives\n{'turn':>5s} {'going':>6s} {'found':>6s} {'held':>6s} {'right':>6s} {'state':>6s}")
+        for t, r in rows.items():
+            say(f"{t:>5s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} {r['right']:6.1%} {r['state']:6.1f}")
+    return results
+
+
+def final_facts(env):
+    """{index: the fact that answers its question}, by following each chain of relations through the facts."""
+    known, last = {tuple(fact.split()[:2]): fact.split()[2] for fact in env.facts}, {}
+    for question in env.questions:
+        index, _, subject, *relations = question.split()
+        for relation in relations:
+            last[index], subject = f"{subject} {relation} {known[subject, relation]},", known[subject, relation]
+        last[index] = last[index][:-1]
+    return last
 
 
 def layouts(model, world, horizons, episodes, say):
@@ -248,6 +339,8 @@ def main():
     parser.add_argument("--objectives", type=numbers, help="comma-separated horizons, e.g. 2,16; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
+    parser.add_argument("--failures", action="store_true", help="why objectives were lost, by cause, instead of the table")
+    parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
     parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of a layout together")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
@@ -271,6 +364,9 @@ def main():
     if args.layouts:
         model = load(models["mem1"], args.device) if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
+    elif args.failures or args.memory:
+        n = args.objectives[0] if args.objectives else 16
+        results = (failures if args.failures else memory)(models, world, chosen, n, args.episodes or 64, say, args.device)
     elif args.show:
         for name, (model, policy) in chosen.items():
             n = args.objectives[0] if args.objectives else 4
