@@ -190,37 +190,39 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    questions = {q[0]: [q[1], q[2].split()] for q in re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)}
-    indices = [*questions, STOP]
-    after = lambda index: indices[indices.index(index) + 1] if index in questions else indices[0]
-    take_up = lambda index: (index, *questions.get(index, ("", [])), after(index) if index in questions else "")
+    questions = {index: (subject, relations.split()) for index, subject, relations in re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)}
+    following = dict(zip(["", *questions], [*questions, STOP]))  # each index to the next, "" to the first, the last to `.`
     answers = dict(re.findall(r"(#\d+) (\w+)", seen))
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
 
-    # Which question was at hand? The last state says it; without one, it follows from the query, as far as it can.
+    # Which question is at hand? The last state says it. Without one it follows from the query, as far as it can.
     stated = re.findall(r"(#\d+) :+ (\w+)((?: \w+)*) (#\d+|\.)", seen)
     if stated:
         index, subject, relations, then = stated[-1]
         relations = relations.split()
     else:
+        index = following[["", *(i for i in answers if i in questions)][-1]]  # the one after the last answer
         subject, relation = (query.split() + ["", ""])[:2]
-        begun = [index for index, question in questions.items() if question[0] == subject] or [after(["", *answers][-1])]
-        index, _, relations, then = take_up(begun[0])
-        relations = relations[relations.index(relation) :] if relation in relations else []
-        if not relations:
-            index, subject, relations, then = take_up(begun[0])
+        index = next((i for i in questions if questions[i][0] == subject), index)
+        relations, then = questions.get(index, ("", []))[1], following.get(index, "")
+        if relation in relations:
+            relations = relations[relations.index(relation) :]
+        elif relations:  # the query belongs to no question: begin with this one
+            subject = questions[index][0]
     if amnesic:
-        answers = dict([*answers.items()][-1:]) if style == "apart" else {}  # the last: where it is, it knows from nothing else
+        answers = dict([*answers.items()][-1:]) if style == "apart" else {}  # the last says where it is, when no state does
 
     # One step on with it.
-    fresh, due = {}, "answer now" in info
     found = re.findall(rf"\b{subject} {relations[0]} \w+", info)[:1] if query and relations else []
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
+    fresh, due = {}, "answer now" in info
     if due or not relations:
         answers[index] = fresh[index] = subject
-        index, subject, relations, then = take_up(then)
-    if due or not relations:  # `.`, or an index that is not in the task
+        index = then
+        subject, relations = questions.get(index, ("", []))
+        then = following.get(index, "")
+    if due or not relations:  # there is no other question
         return " ".join([*found, STOP]), "answer", entries(answers)
     question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
     parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]

@@ -3,22 +3,31 @@
     python eval.py runs/cpu                # the trend: 1, 2, 4, 8, 16, 32 objectives
     python eval.py runs/cpu --show 2       # two trajectories, turn by turn: what is kept, new and pruned
     python eval.py runs/cpu --json         # the same table as JSON
+    python eval.py runs/cpu --failures     # why objectives were lost at 16, by the first slip of each episode
+    python eval.py runs/cpu --memory       # what the state holds at 16, turn by turn
     python eval.py runs/cpu --layouts      # what the learner sees in three layouts against what acted
     python eval.py --layouts               # the same with random weights, on demonstrations
     python eval.py --compare runs/*-[123]  # PPO of several runs side by side, those of a layout together
+    python eval.py --table runs/sweep/*    # every table of the README, from several seeds (train.py --sweep)
 
 Greedy decoding. Episodes come from seeds that no training and no validation episode uses (`TEST`).
 
-    em, f1  objectives answered exactly, and their token F1, summed over the task's objectives (0..N)
-    peak    most tokens in context over the turns, task not counted, as in the paper; averaged over all
-            episodes (the paper's release averages over those with some success)
-    turns   exchanges with the environment
-    valid   share of turns that are well-formed
-    time    seconds an episode, many played side by side in a process
+    em, f1      objectives answered exactly, and their token F1, summed over the task's objectives (0..N)
+    peak        most tokens in context over the turns, task not counted, as in the paper; averaged over all
+                episodes (the paper's release averages over those with some success)
+    dependency  tokens that all written tokens looked back on, task not counted (the paper's app. A.4)
+    turns       exchanges with the environment
+    valid       share of turns that are well-formed
+    right       share of turns that are, word for word, what the demonstrator would write, given what the agent saw
+    time        seconds an episode, many played side by side in a process
+    kv_bytes    key-value memory allocated for an episode, task included; depends on those beside it
+    tokens      encoded in an episode, read and written, task included
+    state, query, info, answer   longest of the episode, in tokens
 """
 import argparse
 import difflib
 import json
+import math
 import os
 import platform
 import re
@@ -102,9 +111,9 @@ def load(saved, device="cpu"):
 
 def trend(results):
     """The paper's headline, at the farthest horizon up to 16: accuracy gained and memory saved over full context."""
-    n = max((n for n in results.get("full", {}) if int(n) <= 16), key=int, default=None)
+    n = max((n for n in results.get("full", {}) if int(n) <= 16 and "mem1" in results), key=int, default=None)
     if n is None:
-        return "no full-context agent in this run: nothing to compare with"
+        return "this run has not both mem1 and full: nothing to compare"
     a, b = results["mem1"][n], results["full"][n]
     times = "inf" if b["em"] == 0 else f"{a['em'] / b['em']:.1f}"
     return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}: {times} times the accuracy, "
@@ -190,14 +199,14 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
     for name, (model, policy) in methods.items():
         by_turn = {}
         for traj in play(load(models[model], device), policy, world, n, episodes, TEST):
-            shown, last = "", final_facts(traj.env)
+            found, last = set(), final_facts(traj.env)
             for t, turn in enumerate(traj.turns):
-                text, (kind, *_) = ENC.decode(turn.state), parse(turn.written)
-                found = [f"{index} {fact.split()[-1]} " for index, fact in last.items() if fact in shown]
+                held, (kind, _, _, asked) = set(re.findall(r"#\d+ \w+", ENC.decode(turn.state))), parse(turn.written)
                 right = turn.written == expert(traj.env.prompt, policy, traj.turns[:t])
                 if kind == "query":
-                    by_turn.setdefault(t + 1, []).append((len(found), sum(entry in text for entry in found), right, len(turn.state)))
-                shown += ENC.decode(turn.info) + ","
+                    by_turn.setdefault(t + 1, []).append((len(found), len(found & held), right, len(turn.state)))
+                for fact in re.findall(rf"{re.escape(asked.strip())} \w+", ENC.decode(turn.info)):
+                    found |= {f"{index} {fact.split()[-1]}" for index in last if last[index] == fact}
         rows = results.setdefault(name, {})
         for t, cells in sorted(by_turn.items()):
             found, held, right, state = np.mean(cells, axis=0).tolist()
@@ -214,8 +223,7 @@ def final_facts(env):
     for question in env.questions:
         index, _, subject, *relations = question.split()
         for relation in relations:
-            last[index], subject = f"{subject} {relation} {known[subject, relation]},", known[subject, relation]
-        last[index] = last[index][:-1]
+            last[index], subject = f"{subject} {relation} {known[subject, relation]}", known[subject, relation]
     return last
 
 
@@ -299,6 +307,158 @@ def compare(paths, say):
     return groups
 
 
+FARTHEST = 64  # objectives: as many as the world has indices and names for
+
+
+def collect(paths, say, episodes=64):
+    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory", "failures", "curves", "meta"}.
+
+    An agent of a larger model is told by how many times the parameters it has: `full-2x`. Of mem1 also the FARTHEST
+    horizon is measured here, and what its state holds and why it fails at 16 objectives.
+    """
+    runs, one = {str(path): load_run(path) for path in paths}, dict(seeds={}, memory={}, failures={}, curves={}, meta={})
+    size = {path: sum(w.numel() for w in models["primer"][1].values()) for path, (_, models) in runs.items()}
+    for path, (world, models) in runs.items():
+        if not (Path(path) / "results.json").is_file():
+            sys.exit(f"eval.py: {path} is not finished; go on with it: python train.py --out {path} --resume")
+        results, seed, times = json.loads((Path(path) / "results.json").read_text()), str(world.seed), round(size[path] / min(size.values()))
+        larger = f"-{times}x" if times > 1 else ""
+        one["meta"][Path(path).name] = {**results.pop("meta"), "config": {**vars(world)}}
+        methods_here = one["seeds"].setdefault(seed, {})
+        for method, cells in results.items():
+            methods_here[method + larger] = cells
+        rows = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["stage"] == "ppo":
+                one["curves"].setdefault(seed, {}).setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
+        if "mem1" in results:
+            quiet = lambda line: None
+            say(f"{path}: {FARTHEST} objectives, what the state holds, failures")
+            trained = {name: pair for name, pair in methods(models).items() if name in ("mem1", "mem1-demos")}
+            world.eval_objectives = [FARTHEST]
+            for method, cells in table(models, world, trained, quiet, episodes).items():
+                methods_here[method].update(cells)
+            one["memory"][seed] = memory(models, world, trained, 16, episodes, quiet)
+            one["failures"][seed] = failures(models, world, {"mem1": trained["mem1"]}, 16, 4 * episodes, quiet)["mem1"]
+    return one
+
+
+def report(one):
+    """The README's tables, {name: markdown}, of what collect() returns: means over the seeds, or mean (lowest to highest)."""
+    seeds = one["seeds"]
+    known = {method for cells in seeds.values() for method in cells}
+    order = [method for agent in [*POLICIES, "truncate"] for method in sorted(known) if method.split("-")[0] == agent]
+    order = [m for m in order if m in ("mem1-demos", "full-demos") or "-demos" not in m and m != "truncate-2x"]
+    horizons = sorted({int(n) for cells in seeds.values() for rows in cells.values() for n in rows})
+    three = [n for n in (2, 8, 16) if n in horizons]
+
+    def cell(values, form):
+        return f"{np.mean(values):{form}}" if len(values) else ""
+
+    def spread(values, form):
+        return cell(values, form) + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
+
+    def each_seed(method, n, value):
+        return [value(cells[method][str(n)]) for cells in seeds.values() if str(n) in cells.get(method, {})]
+
+    def by_method(columns, some_horizons):  # columns: {head: (value of a cell's measures, how to print it, cell or spread)}
+        head = ["", *(f"{name} {n}".strip() for n in some_horizons for name in columns)]
+        return grid(head, [[f"`{m}`", *(text(each_seed(m, n, value), form) for n in some_horizons for value, form, text in columns.values())] for m in order])
+
+    em, f1, peak = ((lambda r, name=name: r[name]) for name in ("em", "f1", "peak"))
+    ms = lambda r: 1e3 * r["time"]
+    solved = lambda name, scale: lambda r: scale * r[name] / r["em"] if r["em"] else math.inf
+    both = [(seed, cells["mem1"]["16"], cells["full"]["16"]) for seed, cells in seeds.items() if "16" in cells.get("mem1", {}) and "16" in cells.get("full", {})]
+    tables = {
+        "table 1": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", cell), "peak": (peak, ".0f", cell), "ms": (ms, ".0f", cell)}, three),
+        "em": by_method({"": (em, ".2f", cell)}, horizons),
+        "peak": by_method({"": (peak, ".0f", cell)}, horizons),
+        "single": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", cell), "peak": (peak, ".0f", cell),
+                             "dependency": (lambda r: r["dependency"], ".0f", cell), "ms": (ms, ".1f", cell)}, [1]),
+        "cost": by_method({"KB": (lambda r: r["kv_bytes"] / 1e3, ".0f", cell), "tokens / solved": (solved("tokens", 1), ".0f", cell),
+                           "ms / solved": (solved("time", 1e3), ".0f", cell)}, three),
+        "seeds": grid(["seed", "`mem1` EM of 16", "`full`", "times", "`mem1` peak", "`full`", "1 /"],
+                      [[seed, f"{a['em']:.2f}", f"{b['em']:.2f}", f"{a['em'] / b['em'] if b['em'] else math.inf:.1f}", f"{a['peak']:.0f}", f"{b['peak']:.0f}",
+                        f"{b['peak'] / a['peak']:.1f}"] for seed, a, b in both]),
+        "growth": grid(["`mem1`", *horizons], [[text, *(cell(each_seed("mem1", n, lambda r: r[name]), form) for n in horizons)] for name, text, form in
+                       (("state", "longest state", ".1f"), ("query", "longest query", ".1f"), ("info", "longest info", ".1f"),
+                        ("answer", "answer", ".1f"), ("peak", "peak", ".1f"), ("right", "turns right", ".1%"))]),
+    }
+    states, slips = one["memory"].values(), one["failures"].values()
+    turns = [t for t in (2, 3, 4, 6, 8, 12, 16, 20, 24) if all(str(t) in rows["mem1"] for rows in states)]
+    tables["memory"] = grid(["turn", *turns], [[f"`{m}`: {text}", *(cell([rows[m][str(t)][name] for rows in states if str(t) in rows[m]], form) for t in turns)]
+                            for m in ("mem1-demos", "mem1") for name, text, form in
+                            (("found", "answers found", ".1f"), ("held", "of them in the state", ".0%"), ("right", "turns right", ".0%"))])
+    causes = {cause: {name: [rows.get(cause, {}).get(name, 0) for rows in slips] for name in ("episodes", "lost")} for cause in set().union(*slips)}
+    tables["failures"] = grid(["first slip", "episodes", "objectives lost"], [[cause, spread(x["episodes"], ".0f"), spread(x["lost"], ".0f")]
+                              for cause, x in sorted(causes.items(), key=lambda item: (-sum(item[1]["lost"]), item[0]))])
+    return tables
+
+
+def grid(head, rows):
+    """A markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def put_into_readme(one, path):
+    """Replace what stands between `<!-- table: NAME -->` and `<!-- end -->` by the tables of report()."""
+    tables, text = report(one), path.read_text()
+    text = re.sub(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", lambda m: m[1] + tables[m[2]] + m[3], text, flags=re.S)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def publish(one, out):
+    """results.json and the figures into `out`, the tables into the README beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(one, indent=1) + "\n"))
+    draw(one, out)
+    if (readme := out.parent / "README.md").is_file():
+        put_into_readme(one, readme)
+
+
+def draw(one, out):
+    """The figures, as PNG files in `out`: EM and peak over the horizon, training, and what the state holds. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return tqdm.write("no figures: matplotlib is not installed (pip install matplotlib); the tables say the same")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    methods = [m for m in ("mem1", "mem1-demos", "full", "full-2x", "separate", "window", "notes", "amnesic", "truncate") if any(m in cells for cells in one["seeds"].values())]
+
+    def band(axis, x, runs, label):  # a line for the mean over seeds, a band from the lowest to the highest
+        line = axis.plot(x, np.mean(runs, axis=0), marker="o" if len(x) < 20 else None, ms=3, label=label)[0]
+        axis.fill_between(x, np.min(runs, axis=0), np.max(runs, axis=0), alpha=0.2, color=line.get_color())
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for method in methods:
+        cells = [rows[method] for rows in one["seeds"].values() if method in rows]
+        x = sorted(int(n) for n in cells[0])
+        for axis, name in zip(axes, ("em", "peak")):
+            band(axis, x, [[rows[str(n)][name] for n in x] for rows in cells], method)
+    for axis, title in zip(axes, ("questions answered exactly", "peak tokens in context")):
+        axis.set(xscale="log", xlabel="questions in the task", title=title)
+        axis.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 64], [str(n) for n in ticks])
+        axis.axvspan(1, 4, color="0.93", zorder=0, label="trained")
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / "scaling.png", dpi=120, bbox_inches="tight")
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for method in methods:
+        if runs := [rows[method] for rows in one["curves"].values() if method in rows]:
+            band(axes[0], range(1, len(runs[0]) + 1), runs, method)
+    axes[0].set(xlabel="PPO iteration", title="reward: share of the questions answered, 1 to 4 a task")
+    axes[0].legend(fontsize=8)
+    for method in "mem1-demos", "mem1":
+        runs = [rows[method] for rows in one["memory"].values()]
+        x = [t for t in range(2, 25) if all(str(t) in rows for rows in runs)]
+        band(axes[1], x, [[rows[str(t)]["held"] for t in x] for rows in runs], {"mem1": "after PPO", "mem1-demos": "before PPO"}[method])
+    axes[1].set(xlabel="turn (16 questions)", title="share of the answers found that the state holds", ylim=(0, 1.05))
+    axes[1].legend(fontsize=8)
+    figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
+
+
 def provenance():
     """What the numbers depend on besides the seed: code and machine."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -343,6 +503,8 @@ def main():
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
     parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of a layout together")
+    parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs, as markdown")
+    parser.add_argument("--assets", metavar="DIR", help="with --table: write results.json and figures there, and the tables into the README beside it")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -351,6 +513,13 @@ def main():
     say = (lambda line: None) if args.json else tqdm.write
     if args.compare:
         results = compare(args.compare, say)
+        return print(json.dumps(results)) if args.json else None
+    if args.table:
+        results = collect(args.table, say)
+        for name, text in report(results).items():
+            say(f"\n{name}\n\n{text}")
+        if args.assets:
+            publish(results, Path(args.assets))
         return print(json.dumps(results)) if args.json else None
     if not args.run and not args.layouts:
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
@@ -377,8 +546,7 @@ def main():
     else:
         world.eval_objectives = args.objectives or world.eval_objectives
         results = table(models, world, chosen, say, args.episodes or world.eval_episodes, device=args.device)
-        if "mem1" in results:
-            say(trend(results))
+        say(trend(results))
     if args.json:
         print(json.dumps(results))
 

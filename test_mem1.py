@@ -511,6 +511,14 @@ def test_the_demonstrator_knows_no_more_than_its_context_holds():
         assert envs.demonstrator(" #64 : jelo pupil .", seen) == ((f"{found} .".strip(), "answer", "#64 jero") if now else ("; #64 : jelo pupil .", "query", "jelo pupil"))
 
 
+@given(st.lists(st.one_of(st.sampled_from(["<IS>", "<query>", "<answer>", "<end>", "<info>", ";", ":", "::", ".", "left=3", "answer now", "#64", "#65", "#9",
+                                           "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "#64 : jelo pupil #65"]), st.text(max_size=4))),
+       st.booleans(), st.sampled_from(["whole", "fresh", "apart"]))
+def test_the_demonstrator_has_something_to_write_whatever_it_sees(parts, amnesic, style):
+    state, kind, text = envs.demonstrator(" #64 : jelo pupil #65 :: milu pupil neighbour .", " ".join(parts), amnesic, style)
+    assert kind in ("query", "answer") and "<" not in state + text and (kind == "answer" or len(text.split()) >= 2)
+
+
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
     env = envs.ComposedQA(8, hops=(2, 2), seed=5)
     pages = [[f.split()[0], *f.split()] for f in env.facts]
@@ -802,6 +810,27 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_results(finished):
                      [("primer", None), ("demos", "mem1"), ("ppo", "mem1"), ("demos", "full"), ("ppo", "full")] for i in range(4)]
     assert max(row["gap"] for row in metrics(out) if row["stage"] == "ppo") < 1e-4
     assert "reward" in text and "gap" in text and str(out) in text
+
+
+def test_a_sweep_trains_all_agents_from_all_seeds_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "POLICIES", {"mem1": mem1.mem1, "full": mem1.full})
+    monkeypatch.setattr(evaluation, "FARTHEST", 4)
+    flags = ["--sweep", "1", "--out", str(tmp_path / "s"), "--assets", str(tmp_path / "assets"), "--nproc", "2", *TINY]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    (tmp_path / "README.md").write_text("before\n<!-- table: em -->\n\nnothing yet\n\n<!-- end -->\nafter\n")
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: real([*command, *["--no-such-flag"] * ("wide-0" in command[3])], **kwargs))
+    with pytest.raises(SystemExit, match="not finished: wide-0"):
+        train.main()
+    before = (tmp_path / "s" / "seed-0" / "results.json").stat().st_mtime_ns
+    monkeypatch.setattr(subprocess, "Popen", real)
+    train.main()
+    assert (tmp_path / "s" / "seed-0" / "results.json").stat().st_mtime_ns == before  # not trained again
+    one = json.loads((tmp_path / "assets" / "results.json").read_text())
+    assert set(one["seeds"]["0"]) >= {"mem1", "mem1-demos", "full", "full-2x", "truncate"} and "no earlier sweep" in capsys.readouterr().out
+    text = (tmp_path / "README.md").read_text()
+    assert text == f"before\n<!-- table: em -->\n\n{evaluation.report(one)['em']}\n\n<!-- end -->\nafter\n"
+    assert list(one["seeds"]["0"]["mem1"]) == ["1", "2", "4"] and one["meta"]["wide-0"]["config"]["n_embd"] > one["meta"]["seed-0"]["config"]["n_embd"]
 
 
 def test_evaluation_reads_a_run_and_repeats_its_results(finished):

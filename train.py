@@ -6,6 +6,7 @@
     torchrun --nproc_per_node 8 train.py         # the same; also over several nodes
     python train.py --out runs/cpu --resume      # go on with an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # another PPO from the imitated agents of a run
+    python train.py --sweep                      # all agents from 3 seeds, the README's tables and figures: hours
 
 Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights can not, hence the first:
     primer   copying, editing, looking up, on random words. No environment. Shared by both agents
@@ -27,6 +28,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ class Config:
     threads: int = 1  # torch threads a process: more of them fight over small matrices
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     start: str = ""  # a run whose imitated agents to take: then there is PPO only
+    sweep: int = 0  # train every agent, and full context with twice the weights, from so many seeds; nproc runs side by side
+    assets: str = "assets"  # where a sweep puts its results and figures
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
@@ -445,7 +449,7 @@ def line(stage, agent, step, steps, row, seconds):
 
 
 def main():
-    cfg = parse_arguments()
+    cfg, flags = parse_arguments()
     out = Path(cfg.out)
     if not cfg.resume and (out / "checkpoint.pt").exists():
         sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
@@ -453,6 +457,8 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
+    if cfg.sweep:
+        return sweep(cfg, flags)
     if "RANK" in os.environ:  # under torchrun
         return run(int(os.environ["RANK"]), cfg.nproc, cfg)
     if cfg.nproc == 1:
@@ -470,8 +476,46 @@ def main():
         sys.exit(error.exit_code)
 
 
+def sweep(cfg, flags):
+    """Ordinary runs below cfg.out, cfg.nproc side by side, each of one process; then all tables and figures.
+
+    Started again, it goes on: what is finished is kept, what was begun is resumed. flags: what the user gave
+    besides, passed on to every run.
+    """
+    out, step = Path(cfg.out), 2 * cfg.n_head
+    jobs = {f"seed-{s}": ["--seed", s, "--agents", *POLICIES] for s in range(cfg.sweep)}
+    jobs |= {f"wide-{s}": ["--seed", s, "--agents", "full", "--n-embd", round(cfg.n_embd * 2**0.5 / step) * step] for s in range(cfg.sweep)}
+    try:
+        last = json.loads(Path(cfg.assets, "results.json").read_text())["meta"].values()
+        hours = sum(run["minutes"] for run in last) / 60
+        print(f"{len(jobs)} runs; the last sweep took {hours:.1f} hours of one core, in {len(last)} runs: with {cfg.nproc} side by side {hours / cfg.nproc:.1f} hours")
+    except OSError:
+        print(f"{len(jobs)} runs, {cfg.nproc} side by side, and no earlier sweep in {cfg.assets} to tell how long they take")
+    running, waiting, failed = {}, [name for name in jobs if not (out / name / "results.json").is_file()], []
+    stop = lambda number, frame: (waiting.clear(), failed.append("interrupted"), [p.send_signal(number) for p in running.values()])
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
+    while waiting or running:
+        while waiting and len(running) < cfg.nproc:
+            name = waiting.pop(0)
+            more = ["--resume"] if (out / name / "checkpoint.pt").is_file() else [*flags, *jobs[name]]
+            print(f"{time.strftime('%H:%M')} {name} begins; see {out / name}.log", flush=True)
+            with open(out / f"{name}.log", "a") as log:
+                running[name] = subprocess.Popen([sys.executable, __file__, "--out", str(out / name), "--nproc", "1", *map(str, more)],
+                                                 stdout=log, stderr=log, start_new_session=True)
+        time.sleep(0.5)
+        for name, process in [*running.items()]:
+            if process.poll() is not None:
+                failed += [name] if running.pop(name).returncode else []
+                print(f"{time.strftime('%H:%M')} {name} ends with exit code {process.returncode}", flush=True)
+    if failed:
+        sys.exit(f"train.py: not finished: {', '.join(failed)}; the .log files in {out} say why; the same command goes on")
+    evaluation.publish(evaluation.collect([out / name for name in jobs], print), Path(cfg.assets))
+    print(f"results and figures in {cfg.assets}; the tables: python eval.py --table {out}/*-[0-9]")
+
+
 def parse_arguments():
-    """Config from the command line: a flag a field, a preset's values instead of the defaults."""
+    """Config from the command line: a flag a field, a preset's values instead of the defaults. And the flags that a sweep passes on."""
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
@@ -480,6 +524,8 @@ def parse_arguments():
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
+        elif f.name == "sweep":
+            parser.add_argument(flag, type=int, nargs="?", const=3, help=text)
         elif f.type is tuple:
             parser.add_argument(flag, type=type(f.default[0]), nargs="+", choices=choices.get(f.name), help=text.replace("%", "%%"))
         else:
@@ -496,6 +542,8 @@ def parse_arguments():
                 parser.error(f"--{name.replace('_', '-')} {given[name]}: this run began with {preset[name]}; leave the flag away")
         given.pop("preset", None)
     cfg = Config(**{**preset, **given})
+    if cfg.sweep and "out" not in given:
+        cfg.out = "runs/sweep"
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -503,7 +551,8 @@ def parse_arguments():
     cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc))  # under torchrun, what it says
     cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
     check(cfg, parser.error)
-    return cfg
+    passed_on = given.keys() - {"sweep", "assets", "out", "nproc", "resume", "seed", "agents"}
+    return cfg, [x for name in passed_on for x in (f"--{name.replace('_', '-')}", *(given[name] if isinstance(given[name], list) else [given[name]]))]
 
 
 def check(cfg, error):
