@@ -59,8 +59,7 @@ class ComposedQA:
 
     def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None):
         assert 1 <= n_objectives <= len(INDICES), f"n_objectives is {n_objectives}, expected 1 to {len(INDICES)}"
-        assert n_objectives * hops[1] <= len(NAMES), \
-            f"{n_objectives} objectives of {hops[1]} hops need more than the {len(NAMES)} names there are"
+        assert n_objectives <= farthest(hops), f"{n_objectives} objectives of {hops[1]} hops need more than the {len(NAMES)} names there are"
         assert 1 <= hops[0] <= hops[1] and hops[1] + distractors <= len(RELATIONS), f"hops {hops}, distractors {distractors}"
         rng = np.random.default_rng(seed)
         self.n_objectives, self.top_k = n_objectives, top_k
@@ -131,6 +130,11 @@ class ComposedQA:
         return [self.facts[page] for page in sorted(best)]
 
 
+def farthest(hops):
+    """The longest horizon that there are indices and names for."""
+    return min(len(INDICES), len(NAMES) // hops[1])
+
+
 def asked(subject, relations):
     """A question as words: `:: milu pupil neighbour`, a colon for each relation still to be followed.
 
@@ -182,7 +186,8 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
         turn 3   milu pupil zupe ; #64 jero #65 : zupe neighbour .            query zupe neighbour
         turn 4   zupe neighbour veba .                                        answer #64 jero #65 veba
 
-    amnesic  it carries no answer on to another turn: what is left for reinforcement to learn is to remember
+    amnesic  it carries no answer on to another turn (in style "apart" the last one, or it would not know where it
+             is): what is left for reinforcement to learn is to remember
     style    whole: the state holds all of the memory, the agent will see no other
              fresh: only what is new in it, for an agent whose context keeps older states
              apart: thought, then memory, for an agent that keeps nothing but what stands behind the `;`
@@ -194,39 +199,42 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     following = dict(zip(["", *questions], [*questions, STOP]))  # each index to the next, "" to the first, the last to `.`
     answers = dict(re.findall(r"(#\d+) (\w+)", seen))
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
-
-    # Which question is at hand? The last state says it. Without one it follows from the query, as far as it can.
-    stated = re.findall(r"(#\d+) :+ (\w+)((?: \w+)*) (#\d+|\.)", seen)
-    if stated:
-        index, subject, relations, then = stated[-1]
-        relations = relations.split()
-    else:
-        index = following[["", *(i for i in answers if i in questions)][-1]]  # the one after the last answer
-        subject, relation = (query.split() + ["", ""])[:2]
-        index = next((i for i in questions if questions[i][0] == subject), index)
-        relations, then = questions.get(index, ("", []))[1], following.get(index, "")
-        if relation in relations:
-            relations = relations[relations.index(relation) :]
-        elif relations:  # the query belongs to no question: begin with this one
-            subject = questions[index][0]
+    index, subject, relations, then = at_hand(seen, query, questions, following, answers)
     if amnesic:
-        answers = dict([*answers.items()][-1:]) if style == "apart" else {}  # the last says where it is, when no state does
+        answers = dict([*answers.items()][-1:]) if style == "apart" else {}
 
-    # One step on with it.
-    found = re.findall(rf"\b{subject} {relations[0]} \w+", info)[:1] if query and relations else []
+    found = re.findall(rf"\b{re.escape(subject)} {re.escape(relations[0])} \w+", info)[:1] if query and relations else []
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
     fresh, due = {}, "answer now" in info
-    if due or not relations:
-        answers[index] = fresh[index] = subject
-        index = then
-        subject, relations = questions.get(index, ("", []))
-        then = following.get(index, "")
-    if due or not relations:  # there is no other question
+    if due or not relations:  # this question is done with: the next
+        if index in questions:
+            answers[index] = fresh[index] = subject
+        index, (subject, relations), then = then, questions.get(then, ("", [])), following.get(then, "")
+    if due or not relations:  # there is no other
         return " ".join([*found, STOP]), "answer", entries(answers)
     question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
     parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]
     return " ".join(filter(None, [*found, *parts])), "query", f"{subject} {relations[0]}"
+
+
+def at_hand(seen, query, questions, following, answers):
+    """Which question the last turn was about, as far as it was open then: (index, subject, relations, next index).
+
+    The last state says it. If no state is kept, it follows from the query: it asks for a question's subject, or
+    for what the one after the last answer has led to. Else that one begins anew.
+    """
+    stated = re.findall(r"(#\d+) :+ (\w+)((?: \w+)*) (#\d+|\.)", seen)
+    if stated:
+        index, subject, relations, then = stated[-1]
+        return index, subject, relations.split(), then
+    subject, relation = (query.split() + ["", ""])[:2]
+    after = following[["", *(i for i in answers if i in questions)][-1]]
+    index = next((i for i in questions if questions[i][0] == subject), after)
+    start, relations = questions.get(index, ("", []))
+    if relation in relations:
+        return index, subject, relations[relations.index(relation) :], following[index]
+    return index, start, relations, following.get(index, "")
 
 
 def entries(answers):

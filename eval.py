@@ -8,7 +8,7 @@
     python eval.py runs/cpu --layouts      # what the learner sees in three layouts against what acted
     python eval.py --layouts               # the same with random weights, on demonstrations
     python eval.py --compare runs/*-[123]  # PPO of several runs side by side, those of a layout together
-    python eval.py --table runs/sweep/*    # every table of the README, from several seeds (train.py --sweep)
+    python eval.py --table runs/sweep/*-?  # every table of the README, from several seeds (train.py --sweep)
 
 Greedy decoding. Episodes come from seeds that no training and no validation episode uses (`TEST`).
 
@@ -19,6 +19,7 @@ Greedy decoding. Episodes come from seeds that no training and no validation epi
     turns       exchanges with the environment
     valid       share of turns that are well-formed
     right       share of turns that are, word for word, what the demonstrator would write, given what the agent saw
+                (`truncate` was taught another wording: its share says little)
     time        seconds an episode, many played side by side in a process
     kv_bytes    key-value memory allocated for an episode, task included; depends on those beside it
     tokens      encoded in an episode, read and written, task included
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,9 +53,6 @@ VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (tra
 BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
 
 
-MEASURES = ("em", "f1", "peak", "dependency", "turns", "valid", "right", "time", "kv_bytes", "tokens", "state", "query", "info", "answer")
-
-
 def play(model, policy, world, n_objectives, episodes, split, rank=0, world_size=1):
     """Greedy episodes, their trajectories one by one. The processes share the work."""
     mine = range(rank, episodes, world_size)
@@ -63,23 +62,24 @@ def play(model, policy, world, n_objectives, episodes, split, rank=0, world_size
 
 
 def measure(model, policy, world, n_objectives, episodes, split, rank=0, world_size=1):
-    """Means over test episodes, {name: value} for the MEASURES."""
+    """Means of measures() over test episodes."""
     rows = [measures(traj, policy) for traj in play(model, policy, world, n_objectives, episodes, split, rank, world_size)]
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, rows)
         rows = sum(parts, [])
-    return dict(zip(MEASURES, torch.tensor(rows, dtype=torch.float64).mean(0).tolist()))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def measures(traj, policy):
-    """One episode's, in the order of MEASURES."""
-    n, turns = len(traj.turns), traj.turns
-    right = sum(turn.written == expert(traj.env.prompt, policy, turns[:t]) for t, turn in enumerate(turns))
-    tokens = len(traj.task) + sum(len(branch.ids) for branch in traj.branches)
-    answer = len(turns[-1].action) if traj.env.cause == "answered" else 0
-    longest = [max(len(turn.state) for turn in turns), max((len(turn.action) for turn in turns if turn.info), default=0), max(len(turn.info) for turn in turns)]
-    return [traj.env.em, traj.env.f1, traj.peak, traj.dependency, n, traj.valid / n, right / n, traj.seconds, traj.kv_bytes, tokens, *longest, answer]
+    """What the head of this file lists, of one episode."""
+    n, turns, env = len(traj.turns), traj.turns, traj.env
+    return dict(
+        em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=n, valid=traj.valid / n,
+        right=sum(turn.written == expert(env.prompt, policy, turns[:t]) for t, turn in enumerate(turns)) / n,
+        time=traj.seconds, kv_bytes=traj.kv_bytes, tokens=len(traj.task) + sum(len(branch.ids) for branch in traj.branches),
+        state=max(len(turn.state) for turn in turns), query=max((len(turn.action) for turn in turns if turn.info), default=0),
+        info=max(len(turn.info) for turn in turns), answer=len(turns[-1].action) if env.cause == "answered" else 0)
 
 
 def methods(models):
@@ -143,31 +143,38 @@ def slip(traj, policy):
     demonstrator would have written, given what the agent saw; None if there is no such turn."""
     for t, turn in enumerate(traj.turns):
         right = expert(traj.env.prompt, policy, traj.turns[:t])
-        if turn.written == right:
-            continue
-        (kind, state, _, text), (want, right_state, _, right_text) = parse(turn.written), parse(right)
-        state, right_state = ENC.decode(state), ENC.decode(right_state)
-        has, should = (dict(re.findall(r"(#\d+) (\w+)", words)) for words in (f"{state} | {text}", f"{right_state} | {right_text}"))
-        asks, should_ask = (re.findall(r"(#\d+) :+", words) for words in (state, right_state))
-        if kind == "malformed":
-            cause = "malformed, or cut off"
-        elif kind != want:
-            cause = "stopped early" if kind == "answer" else "did not stop"
-        elif asks != should_ask and not set(should_ask) & set(has) and not set(asks) & set(should):
-            cause = "took up another question"
-        elif asks != should_ask or any(index in has for index in asks):
-            cause = "wrong hop"
-        elif should.keys() - has.keys():
-            cause = "lost an entry"
-        elif has.keys() - should.keys():
-            cause = "made up an entry"
-        elif has != should:
-            cause = "changed an entry"
-        elif text != right_text or re.findall(":+ .*(?= )", state) != re.findall(":+ .*(?= )", right_state):
-            cause = "wrong hop"
-        else:
-            cause = "wrong next question" if state.split()[-1:] != right_state.split()[-1:] else "another wording"
-        return cause, t + 1, ENC.decode(turn.written), ENC.decode(right)
+        if turn.written != right and (cause := difference(turn.written, right)):
+            return cause, t + 1, ENC.decode(turn.written), ENC.decode(right)
+
+
+def difference(written, right):
+    """The cause of a slip, in a few words; None if only the wording differs."""
+    def read(ids):
+        kind, state, _, text = parse(ids)
+        state = ENC.decode(state)
+        *_, (index, question, then) = ("", "", ""), *re.findall(r"(#\d+) (:+ \w+(?: \w+)*) (#\d+|\.)", state)
+        return kind, dict(re.findall(r"(#\d+) (\w+)", text if kind == "answer" else state)), index, question, then, text
+
+    (kind, has, index, question, then, text), (right_kind, should, right_index, right_question, right_then, right_text) = read(written), read(right)
+    if kind == "malformed":
+        return "malformed, or cut off"
+    if kind != right_kind:
+        return "stopped early" if kind == "answer" else "did not stop"
+    if kind == "query" and not index:
+        return "lost the question"
+    if right_index in has or index in should:  # an open question written as an answer, or an answer as an open question
+        return "wrong hop"
+    if should.keys() - has.keys():
+        return "lost an entry"
+    if has.keys() - should.keys():
+        return "made up an entry"
+    if has != should:
+        return "changed an entry"
+    if index != right_index:
+        return "took up another question"
+    if question != right_question or kind == "query" and text != right_text:
+        return "wrong hop"
+    return "wrong next question" if then != right_then else None
 
 
 def failures(models, world, methods, n, episodes, say, device="cpu"):
@@ -191,8 +198,10 @@ def failures(models, world, methods, n, episodes, say, device="cpu"):
 def memory(models, world, methods, n, episodes, say, device="cpu"):
     """What the state holds, by turn: {method: {turn: {going, found, held, right, state}}}.
 
-        going  share of the episodes that come so far          held   share of them that stand in the state, rightly
-        found  answers that the agent has been shown so far    right  share of turns that are what the demonstrator would write
+        going  share of the episodes that come so far
+        found  answers that the agent has asked for and been shown so far
+        held   share of them that stand in its state (an agent that keeps older states need not repeat them)
+        right  share of turns that are what the demonstrator would write
         state  tokens in the state
     """
     results = {}
@@ -292,6 +301,8 @@ def compare(paths, say):
             sys.exit(f"eval.py: {path} is not finished; go on with it: python train.py --out {path} --resume")
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if (row["stage"], row["agent"]) == ("ppo", "mem1")]
+        if not rows:
+            sys.exit(f"eval.py: {path} has no PPO of the mem1 agent to compare; leave it away")
         group = groups.setdefault(world.layout, {})
         for i in range(4):  # the reward over each quarter of the iterations
             quarter = rows[len(rows) * i // 4 : len(rows) * (i + 1) // 4]
@@ -307,7 +318,7 @@ def compare(paths, say):
     return groups
 
 
-FARTHEST = 64  # objectives: as many as the world has indices and names for
+FARTHEST = 64  # objectives: beyond all that is trained, positions included
 
 
 def collect(paths, say, episodes=64):
@@ -316,35 +327,40 @@ def collect(paths, say, episodes=64):
     An agent of a larger model is told by how many times the parameters it has: `full-2x`. Of mem1 also the FARTHEST
     horizon is measured here, and what its state holds and why it fails at 16 objectives.
     """
-    runs, one = {str(path): load_run(path) for path in paths}, dict(seeds={}, memory={}, failures={}, curves={}, meta={})
-    size = {path: sum(w.numel() for w in models["primer"][1].values()) for path, (_, models) in runs.items()}
-    for path, (world, models) in runs.items():
-        if not (Path(path) / "results.json").is_file():
+    one, loaded, quiet = dict(seeds={}, memory={}, failures={}, curves={}, meta={}), [], lambda line: None
+    for path in map(Path, paths):
+        world, models = load_run(path)
+        if not (path / "results.json").is_file():
             sys.exit(f"eval.py: {path} is not finished; go on with it: python train.py --out {path} --resume")
-        results, seed, times = json.loads((Path(path) / "results.json").read_text()), str(world.seed), round(size[path] / min(size.values()))
-        larger = f"-{times}x" if times > 1 else ""
-        one["meta"][Path(path).name] = {**results.pop("meta"), "config": {**vars(world)}}
-        methods_here = one["seeds"].setdefault(seed, {})
+        loaded.append((path, world, models, sum(w.numel() for w in next(iter(models.values()))[1].values())))
+    smallest = min(size for *_, size in loaded)
+    for path, world, models, size in loaded:
+        results, seed = json.loads((path / "results.json").read_text()), str(world.seed)
+        larger = f"-{size / smallest:.0f}x" if size > 1.5 * smallest else ""
+        one["meta"][path.name] = {**results.pop("meta"), "config": dict(vars(world))}
+        mine = one["seeds"].setdefault(seed, {})
         for method, cells in results.items():
-            methods_here[method + larger] = cells
-        rows = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        for row in rows:
+            if method + larger in mine:
+                sys.exit(f"eval.py: {path}: there is another run of seed {seed} with {method}{larger} among these; give one of them")
+            mine[method + larger] = cells
+        rewards = one["curves"].setdefault(seed, {})
+        for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()):
             if row["stage"] == "ppo":
-                one["curves"].setdefault(seed, {}).setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
+                rewards.setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
         if "mem1" in results:
-            quiet = lambda line: None
-            say(f"{path}: {FARTHEST} objectives, what the state holds, failures")
+            n = min(FARTHEST, envs.farthest(world.hops))
+            say(f"{path}: {n} objectives, what the state holds, failures")
             trained = {name: pair for name, pair in methods(models).items() if name in ("mem1", "mem1-demos")}
-            world.eval_objectives = [FARTHEST]
+            world.eval_objectives = [n]
             for method, cells in table(models, world, trained, quiet, episodes).items():
-                methods_here[method].update(cells)
+                mine[method] |= cells
             one["memory"][seed] = memory(models, world, trained, 16, episodes, quiet)
             one["failures"][seed] = failures(models, world, {"mem1": trained["mem1"]}, 16, 4 * episodes, quiet)["mem1"]
     return one
 
 
 def report(one):
-    """The README's tables, {name: markdown}, of what collect() returns: means over the seeds, or mean (lowest to highest)."""
+    """The README's tables, {name: markdown}, of what collect() returns: means over the seeds ± standard deviation."""
     seeds = one["seeds"]
     known = {method for cells in seeds.values() for method in cells}
     order = [method for agent in [*POLICIES, "truncate"] for method in sorted(known) if method.split("-")[0] == agent]
@@ -356,7 +372,7 @@ def report(one):
         return f"{np.mean(values):{form}}" if len(values) else ""
 
     def spread(values, form):
-        return cell(values, form) + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
+        return cell(values, form) + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
 
     def each_seed(method, n, value):
         return [value(cells[method][str(n)]) for cells in seeds.values() if str(n) in cells.get(method, {})]
@@ -365,21 +381,24 @@ def report(one):
         head = ["", *(f"{name} {n}".strip() for n in some_horizons for name in columns)]
         return grid(head, [[f"`{m}`", *(text(each_seed(m, n, value), form) for n in some_horizons for value, form, text in columns.values())] for m in order])
 
-    em, f1, peak = ((lambda r, name=name: r[name]) for name in ("em", "f1", "peak"))
+    em, f1, peak, dependency = map(itemgetter, ("em", "f1", "peak", "dependency"))
     ms = lambda r: 1e3 * r["time"]
     solved = lambda name, scale: lambda r: scale * r[name] / r["em"] if r["em"] else math.inf
-    both = [(seed, cells["mem1"]["16"], cells["full"]["16"]) for seed, cells in seeds.items() if "16" in cells.get("mem1", {}) and "16" in cells.get("full", {})]
+    headline = []
+    for seed, cells in seeds.items():
+        a, b = (cells.get(name, {}).get("16") for name in ("mem1", "full"))
+        if a and b:
+            times = a["em"] / b["em"] if b["em"] else math.inf
+            headline.append([seed, f"{a['em']:.2f}", f"{b['em']:.2f}", f"{times:.1f}", f"{a['peak']:.0f}", f"{b['peak']:.0f}", f"{b['peak'] / a['peak']:.1f}"])
     tables = {
-        "table 1": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", cell), "peak": (peak, ".0f", cell), "ms": (ms, ".0f", cell)}, three),
-        "em": by_method({"": (em, ".2f", cell)}, horizons),
-        "peak": by_method({"": (peak, ".0f", cell)}, horizons),
-        "single": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", cell), "peak": (peak, ".0f", cell),
-                             "dependency": (lambda r: r["dependency"], ".0f", cell), "ms": (ms, ".1f", cell)}, [1]),
+        "table 1": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", spread), "peak": (peak, ".0f", spread), "ms": (ms, ".0f", cell)}, three),
+        "em": by_method({"": (em, ".2f", spread)}, horizons),
+        "peak": by_method({"": (peak, ".0f", spread)}, horizons),
+        "single": by_method({"EM": (em, ".2f", spread), "F1": (f1, ".2f", spread), "peak": (peak, ".0f", spread),
+                             "dependency": (dependency, ".0f", spread), "ms": (ms, ".1f", cell)}, [1]),
         "cost": by_method({"KB": (lambda r: r["kv_bytes"] / 1e3, ".0f", cell), "tokens / solved": (solved("tokens", 1), ".0f", cell),
                            "ms / solved": (solved("time", 1e3), ".0f", cell)}, three),
-        "seeds": grid(["seed", "`mem1` EM of 16", "`full`", "times", "`mem1` peak", "`full`", "1 /"],
-                      [[seed, f"{a['em']:.2f}", f"{b['em']:.2f}", f"{a['em'] / b['em'] if b['em'] else math.inf:.1f}", f"{a['peak']:.0f}", f"{b['peak']:.0f}",
-                        f"{b['peak'] / a['peak']:.1f}"] for seed, a, b in both]),
+        "seeds": grid(["seed", "`mem1` EM of 16", "`full`", "times", "`mem1` peak", "`full`", "1 /"], headline),
         "growth": grid(["`mem1`", *horizons], [[text, *(cell(each_seed("mem1", n, lambda r: r[name]), form) for n in horizons)] for name, text, form in
                        (("state", "longest state", ".1f"), ("query", "longest query", ".1f"), ("info", "longest info", ".1f"),
                         ("answer", "answer", ".1f"), ("peak", "peak", ".1f"), ("right", "turns right", ".1%"))]),
@@ -402,8 +421,8 @@ def grid(head, rows):
 
 def put_into_readme(one, path):
     """Replace what stands between `<!-- table: NAME -->` and `<!-- end -->` by the tables of report()."""
-    tables, text = report(one), path.read_text()
-    text = re.sub(r"(<!-- table: (.+?) -->\n\n).*?(\n\n<!-- end -->)", lambda m: m[1] + tables[m[2]] + m[3], text, flags=re.S)
+    tables = report(one)
+    text = re.sub(r"(<!-- table: ([\w ]+) -->\n).*?(?=<!-- end -->)", lambda m: f"{m[1]}\n{tables[m[2]]}\n\n", path.read_text(), flags=re.S)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
@@ -411,52 +430,54 @@ def publish(one, out):
     """results.json and the figures into `out`, the tables into the README beside it."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(one, indent=1) + "\n"))
-    draw(one, out)
     if (readme := out.parent / "README.md").is_file():
         put_into_readme(one, readme)
+    draw(one, out)
 
 
 def draw(one, out):
-    """The figures, as PNG files in `out`: EM and peak over the horizon, training, and what the state holds. Needs matplotlib."""
+    """scaling.png, EM and peak over the horizon; training.png, the reward and what the state holds. None without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         return tqdm.write("no figures: matplotlib is not installed (pip install matplotlib); the tables say the same")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    methods = [m for m in ("mem1", "mem1-demos", "full", "full-2x", "separate", "window", "notes", "amnesic", "truncate") if any(m in cells for cells in one["seeds"].values())]
+    order = "mem1 mem1-demos full full-2x separate window notes amnesic truncate".split()
+    trained = max(run["config"]["objectives"][1] for run in one["meta"].values())
 
-    def band(axis, x, runs, label):  # a line for the mean over seeds, a band from the lowest to the highest
-        line = axis.plot(x, np.mean(runs, axis=0), marker="o" if len(x) < 20 else None, ms=3, label=label)[0]
-        axis.fill_between(x, np.min(runs, axis=0), np.max(runs, axis=0), alpha=0.2, color=line.get_color())
+    def lines(axis, runs, label=None):
+        """runs [{x: y}, ...], one a seed: a line for the mean, a band from the lowest to the highest."""
+        x = sorted(set.intersection(*map(set, runs))) if runs else []
+        if x:
+            y = np.array([[run[i] for i in x] for run in runs])  # (seeds, x)
+            color = axis.plot(x, y.mean(0), marker="o" if len(x) < 20 else None, markersize=3, label=label)[0].get_color()
+            axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=color)
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for method in methods:
-        cells = [rows[method] for rows in one["seeds"].values() if method in rows]
-        x = sorted(int(n) for n in cells[0])
-        for axis, name in zip(axes, ("em", "peak")):
-            band(axis, x, [[rows[str(n)][name] for n in x] for rows in cells], method)
-    for axis, title in zip(axes, ("questions answered exactly", "peak tokens in context")):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, name, title in (left, "em", "questions answered exactly"), (right, "peak", "peak tokens in context"):
+        for method in order:
+            lines(axis, [{int(n): r[name] for n, r in cells[method].items()} for cells in one["seeds"].values() if method in cells], method)
+        axis.axvspan(1, trained, color="0.93", zorder=0, label="trained")
         axis.set(xscale="log", xlabel="questions in the task", title=title)
-        axis.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 64], [str(n) for n in ticks])
-        axis.axvspan(1, 4, color="0.93", zorder=0, label="trained")
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=8)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
+        axis.minorticks_off()
+    right.set_yscale("log")
+    left.legend(fontsize=8)
     figure.savefig(out / "scaling.png", dpi=120, bbox_inches="tight")
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for method in methods:
-        if runs := [rows[method] for rows in one["curves"].values() if method in rows]:
-            band(axes[0], range(1, len(runs[0]) + 1), runs, method)
-    axes[0].set(xlabel="PPO iteration", title="reward: share of the questions answered, 1 to 4 a task")
-    axes[0].legend(fontsize=8)
-    for method in "mem1-demos", "mem1":
-        runs = [rows[method] for rows in one["memory"].values()]
-        x = [t for t in range(2, 25) if all(str(t) in rows for rows in runs)]
-        band(axes[1], x, [[rows[str(t)]["held"] for t in x] for rows in runs], {"mem1": "after PPO", "mem1-demos": "before PPO"}[method])
-    axes[1].set(xlabel="turn (16 questions)", title="share of the answers found that the state holds", ylim=(0, 1.05))
-    axes[1].legend(fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for method in order:
+        lines(left, [dict(enumerate(cells[method])) for cells in one["curves"].values() if method in cells], method)
+    for method, label in ("mem1", "mem1 after PPO"), ("mem1-demos", "before"):
+        lines(right, [{int(t): row["held"] for t, row in cells[method].items() if 2 <= int(t) <= 24} for cells in one["memory"].values()], label)
+    left.set(xlabel="PPO iteration", title=f"share of the questions answered, up to {trained} a task")
+    right.set(xlabel="turn (16 questions)", title="share of the answers found that the state holds", ylim=(0, 1.05))
+    for axis in left, right:
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
+    plt.close("all")
 
 
 def provenance():
@@ -509,6 +530,13 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    for name in "threads", "episodes", "show":
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: expected cpu, or cuda where torch finds a GPU")
+    if args.assets and not args.table:
+        parser.error("--assets goes with --table")
     torch.set_num_threads(args.threads)
     say = (lambda line: None) if args.json else tqdm.write
     if args.compare:
@@ -525,11 +553,16 @@ def main():
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
+    most = envs.farthest(world.hops) if world else len(envs.INDICES)
+    if args.objectives and max(args.objectives) > most:
+        parser.error(f"--objectives {max(args.objectives)}: in the world of this run there are names for at most {most}")
     have = methods(models)
     chosen = {name: have[name] for name in args.policies.split(",") if name in have} if args.policies else have
     if args.policies and len(chosen) < len(args.policies.split(",")):
         parser.error(f"--policies {args.policies}: the run has {', '.join(have) or 'none yet'}")
 
+    if args.layouts and args.run and "mem1" not in models:
+        parser.error(f"--layouts: {args.run} has no trained mem1 agent; expected one that has")
     if args.layouts:
         model = load(models["mem1"], args.device) if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)

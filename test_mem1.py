@@ -512,11 +512,14 @@ def test_the_demonstrator_knows_no_more_than_its_context_holds():
 
 
 @given(st.lists(st.one_of(st.sampled_from(["<IS>", "<query>", "<answer>", "<end>", "<info>", ";", ":", "::", ".", "left=3", "answer now", "#64", "#65", "#9",
-                                           "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "#64 : jelo pupil #65"]), st.text(max_size=4))),
+                                           "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "<query>(( *<end><info> x", "#64 : jelo pupil #65"]), st.text(max_size=4))),
        st.booleans(), st.sampled_from(["whole", "fresh", "apart"]))
+@example(["<query> (( pupil<end><info> left=3"], False, "apart")
+@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "apart")
 def test_the_demonstrator_has_something_to_write_whatever_it_sees(parts, amnesic, style):
     state, kind, text = envs.demonstrator(" #64 : jelo pupil #65 :: milu pupil neighbour .", " ".join(parts), amnesic, style)
     assert kind in ("query", "answer") and "<" not in state + text and (kind == "answer" or len(text.split()) >= 2)
+    assert kind == "query" or re.fullmatch(r"((^| )#\d+ \w+)*", text)
 
 
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
@@ -802,7 +805,7 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_results(finished):
     out, text = finished
     table, meta = results(out)
     assert list(table) == ["mem1", "mem1-demos", "full", "full-demos", "truncate"] and all(list(rows) == ["1", "2"] for rows in table.values())
-    assert all(set(cell) == set(evaluation.MEASURES) - set(VARIES) for rows in table.values() for cell in rows.values())
+    assert all({"em", "f1", "peak", "dependency", "right", "state", "query", "info", "answer", "tokens"} <= set(cell) for rows in table.values() for cell in rows.values())
     assert {"seed", "episodes", "commit", "machine", "minutes"} <= set(meta)
     assert json.loads((out / "config.json").read_text())["config"]["ppo_batch"] == 6
     steps = [(row["stage"], row["agent"], row["step"]) for row in metrics(out)]
@@ -817,9 +820,9 @@ def test_a_sweep_trains_all_agents_from_all_seeds_and_goes_on_where_it_was_inter
     monkeypatch.setattr(evaluation, "FARTHEST", 4)
     flags = ["--sweep", "1", "--out", str(tmp_path / "s"), "--assets", str(tmp_path / "assets"), "--nproc", "2", *TINY]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    (tmp_path / "README.md").write_text("before\n<!-- table: em -->\n\nnothing yet\n\n<!-- end -->\nafter\n")
+    (tmp_path / "README.md").write_text("before\n<!-- table: em -->\n<!-- end -->\nafter\n")
     real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: real([*command, *["--no-such-flag"] * ("wide-0" in command[3])], **kwargs))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: real([*command, *["--no-such-flag"] * any("wide-0" in word for word in command)], **kwargs))
     with pytest.raises(SystemExit, match="not finished: wide-0"):
         train.main()
     before = (tmp_path / "s" / "seed-0" / "results.json").stat().st_mtime_ns
@@ -827,7 +830,7 @@ def test_a_sweep_trains_all_agents_from_all_seeds_and_goes_on_where_it_was_inter
     train.main()
     assert (tmp_path / "s" / "seed-0" / "results.json").stat().st_mtime_ns == before  # not trained again
     one = json.loads((tmp_path / "assets" / "results.json").read_text())
-    assert set(one["seeds"]["0"]) >= {"mem1", "mem1-demos", "full", "full-2x", "truncate"} and "no earlier sweep" in capsys.readouterr().out
+    assert set(one["seeds"]["0"]) >= {"mem1", "mem1-demos", "full", "full-2x", "truncate"} and "of an earlier sweep" in capsys.readouterr().out
     text = (tmp_path / "README.md").read_text()
     assert text == f"before\n<!-- table: em -->\n\n{evaluation.report(one)['em']}\n\n<!-- end -->\nafter\n"
     assert list(one["seeds"]["0"]["mem1"]) == ["1", "2", "4"] and one["meta"]["wide-0"]["config"]["n_embd"] > one["meta"]["seed-0"]["config"]["n_embd"]
@@ -892,7 +895,8 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
-    (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
+    (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -911,8 +915,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
         assert words in (exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--threads", "0"], "at least 1"), (["--episodes", "-1"], "at least 1"), (["--device", "abacus"], "expected cpu"), (["--objectives", "0"], "invalid"),
+    (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table")])
+def test_bad_input_to_the_evaluation_gets_one_line_too(finished, flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(finished[0]), *flags])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main()
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and words in message and len(message.splitlines()) == 1, message
+
+
 def test_evaluation_of_what_is_not_a_run_gets_one_line(tmp_path, monkeypatch):
-    for flags in ([str(tmp_path)], [str(tmp_path / "none")], ["--compare", str(tmp_path)]):
+    for flags in ([str(tmp_path)], [str(tmp_path / "none")], ["--compare", str(tmp_path)], ["--table", str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
         with pytest.raises(SystemExit, match="does not exist; expected the directory of a run"):
             evaluation.main()

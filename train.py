@@ -9,11 +9,11 @@
     python train.py --sweep                      # all agents from 3 seeds, the README's tables and figures: hours
 
 Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights can not, hence the first:
-    primer   copying, editing, looking up, on random words. No environment. Shared by both agents
+    primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation of a forgetful demonstrator on few objectives: the format, and how to search
     ppo      reward alone: what to remember
 The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs
-(`--agents` trains others: window, notes, amnesic, separate).
+(`--agents` trains others: window, notes, amnesic, separate; all start from the same primer).
 
 Every random choice is keyed by (seed, stage, step, episode): see `rng`. So a resumed run repeats an
 uninterrupted one, and any number of processes plays the same episodes.
@@ -449,7 +449,7 @@ def line(stage, agent, step, steps, row, seconds):
 
 
 def main():
-    cfg, flags = parse_arguments()
+    cfg, given = parse_arguments()
     out = Path(cfg.out)
     if not cfg.resume and (out / "checkpoint.pt").exists():
         sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
@@ -458,7 +458,7 @@ def main():
     except OSError as error:
         sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
     if cfg.sweep:
-        return sweep(cfg, flags)
+        return sweep(cfg, given)
     if "RANK" in os.environ:  # under torchrun
         return run(int(os.environ["RANK"]), cfg.nproc, cfg)
     if cfg.nproc == 1:
@@ -476,46 +476,73 @@ def main():
         sys.exit(error.exit_code)
 
 
-def sweep(cfg, flags):
+def sweep(cfg, given):
     """Ordinary runs below cfg.out, cfg.nproc side by side, each of one process; then all tables and figures.
 
-    Started again, it goes on: what is finished is kept, what was begun is resumed. flags: what the user gave
-    besides, passed on to every run.
+    Started again, it goes on: what is finished is kept, what was begun is resumed. given: the fields that the
+    user set, passed on to every run.
     """
-    out, step = Path(cfg.out), 2 * cfg.n_head
-    jobs = {f"seed-{s}": ["--seed", s, "--agents", *POLICIES] for s in range(cfg.sweep)}
-    jobs |= {f"wide-{s}": ["--seed", s, "--agents", "full", "--n-embd", round(cfg.n_embd * 2**0.5 / step) * step] for s in range(cfg.sweep)}
-    try:
-        last = json.loads(Path(cfg.assets, "results.json").read_text())["meta"].values()
-        hours = sum(run["minutes"] for run in last) / 60
-        print(f"{len(jobs)} runs; the last sweep took {hours:.1f} hours of one core, in {len(last)} runs: with {cfg.nproc} side by side {hours / cfg.nproc:.1f} hours")
-    except OSError:
-        print(f"{len(jobs)} runs, {cfg.nproc} side by side, and no earlier sweep in {cfg.assets} to tell how long they take")
-    running, waiting, failed = {}, [name for name in jobs if not (out / name / "results.json").is_file()], []
-    stop = lambda number, frame: (waiting.clear(), failed.append("interrupted"), [p.send_signal(number) for p in running.values()])
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
-    while waiting or running:
-        while waiting and len(running) < cfg.nproc:
+    out, assets, multiple, stopped = Path(cfg.out), Path(cfg.assets), 2 * cfg.n_head, []
+    given = {name: value for name, value in given.items() if name not in ("sweep", "assets", "out", "nproc", "resume")}
+    jobs = {f"seed-{s}": {**given, "seed": s, "agents": list(POLICIES)} for s in range(cfg.sweep)}
+    wide = round(cfg.n_embd * 2**0.5 / multiple) * multiple  # twice the parameters
+    jobs |= {f"wide-{s}": {**given, "seed": s, "agents": ["full"], "n_embd": wide} for s in range(cfg.sweep)}
+    waiting, running, failed = [], {}, []
+    for name, fields in jobs.items():
+        if not (out / name / "results.json").is_file():
+            waiting.append(name)
+            continue
+        config = json.loads((out / name / "config.json").read_text())["config"]
+        for field in fields:
+            if field not in ("device", "threads") and config[field] != fields[field]:
+                sys.exit(f"train.py: {out / name} is finished, with {field} {config[field]}, not {fields[field]}; leave the flag away, or give another --out")
+    print(f"{len(jobs)} runs, {len(waiting)} of them to do, {cfg.nproc} side by side; {forecast(waiting, assets, cfg.nproc)}", flush=True)
+
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    while running or waiting and not stopped:
+        while waiting and len(running) < cfg.nproc and not stopped:
             name = waiting.pop(0)
-            more = ["--resume"] if (out / name / "checkpoint.pt").is_file() else [*flags, *jobs[name]]
-            print(f"{time.strftime('%H:%M')} {name} begins; see {out / name}.log", flush=True)
+            fields = dict(jobs[name], out=out / name, nproc=1)
+            words = [word for field, value in fields.items() for word in (f"--{field.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+            words += ["--resume"] * (out / name / "checkpoint.pt").is_file()
+            slot = min({*range(cfg.nproc)} - {slot for _, slot in running.values()})
+            gpu = {"CUDA_VISIBLE_DEVICES": str(slot % torch.cuda.device_count())} if cfg.device == "cuda" else {}
+            out.mkdir(parents=True, exist_ok=True)
+            print(f"{time.strftime('%H:%M')} {name} begins; its log is {out / name}.log", flush=True)
             with open(out / f"{name}.log", "a") as log:
-                running[name] = subprocess.Popen([sys.executable, __file__, "--out", str(out / name), "--nproc", "1", *map(str, more)],
-                                                 stdout=log, stderr=log, start_new_session=True)
+                running[name] = slot, subprocess.Popen([sys.executable, __file__, *map(str, words)], stdout=log, stderr=log,
+                                                       env={**os.environ, **gpu}, start_new_session=True)
         time.sleep(0.5)
-        for name, process in [*running.items()]:
+        for name, (_, process) in [*running.items()]:
+            if stopped:  # they save, and end
+                process.send_signal(signal.SIGTERM)
             if process.poll() is not None:
-                failed += [name] if running.pop(name).returncode else []
+                failed += [name] if running.pop(name)[1].returncode else []
                 print(f"{time.strftime('%H:%M')} {name} ends with exit code {process.returncode}", flush=True)
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
+    if stopped:
+        print("stopped; the same command goes on")
+        sys.exit(128 + stopped[0])
     if failed:
         sys.exit(f"train.py: not finished: {', '.join(failed)}; the .log files in {out} say why; the same command goes on")
-    evaluation.publish(evaluation.collect([out / name for name in jobs], print), Path(cfg.assets))
-    print(f"results and figures in {cfg.assets}; the tables: python eval.py --table {out}/*-[0-9]")
+    evaluation.publish(evaluation.collect([out / name for name in jobs], print), assets)
+    print(f"results in {assets / 'results.json'}; the tables: python eval.py --table {' '.join(str(out / name) for name in jobs)}")
+
+
+def forecast(names, assets, nproc):
+    """How long these runs of a sweep will take, going by the last sweep's."""
+    if not (assets / "results.json").is_file():
+        return f"how long they take is not known: there is no {assets / 'results.json'} of an earlier sweep"
+    meta = json.loads((assets / "results.json").read_text())["meta"]
+    kind = lambda name: [run["minutes"] for key, run in meta.items() if key.split("-")[0] == name.split("-")[0]] or [0.0]
+    hours = sum(np.mean(kind(name)) for name in names) / 60 / nproc
+    return f"about {hours:.1f} hours, going by the last sweep ({next(iter(meta.values()))['machine']}, and its flags)"
 
 
 def parse_arguments():
-    """Config from the command line: a flag a field, a preset's values instead of the defaults. And the flags that a sweep passes on."""
+    """(Config, the fields that were given) from the command line: a flag a field, a preset's values instead of the defaults."""
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
@@ -537,13 +564,18 @@ def parse_arguments():
         if not saved.is_file() or not saved.with_name("checkpoint.pt").is_file():
             parser.error(f"--resume: {saved.parent} holds no checkpoint; give the --out of an interrupted run, or leave --resume away")
         preset = json.loads(saved.read_text())["config"]
+        if set(preset) != {f.name for f in dataclasses.fields(Config)}:
+            parser.error(f"--resume: {saved.parent} was begun by another version of train.py; go on with that one, or begin anew")
         for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "preset"}:
             if given[name] != preset[name]:
                 parser.error(f"--{name.replace('_', '-')} {given[name]}: this run began with {preset[name]}; leave the flag away")
         given.pop("preset", None)
     cfg = Config(**{**preset, **given})
-    if cfg.sweep and "out" not in given:
-        cfg.out = "runs/sweep"
+    if "sweep" in given:
+        for name in given.keys() & {"resume", "start", "agents", "seed"}:
+            parser.error(f"--sweep --{name}: a sweep trains all agents from its own seeds, and goes on by itself; leave --{name} away")
+        cfg.out = given.get("out", "runs/sweep" if preset == PRESETS["cpu"] else f"{cfg.out}-sweep")
+        cfg.assets = given.get("assets", "assets" if preset == PRESETS["cpu"] else f"{cfg.out}/assets")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -551,8 +583,7 @@ def parse_arguments():
     cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc))  # under torchrun, what it says
     cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
     check(cfg, parser.error)
-    passed_on = given.keys() - {"sweep", "assets", "out", "nproc", "resume", "seed", "agents"}
-    return cfg, [x for name in passed_on for x in (f"--{name.replace('_', '-')}", *(given[name] if isinstance(given[name], list) else [given[name]]))]
+    return cfg, given
 
 
 def check(cfg, error):
@@ -569,13 +600,17 @@ def check(cfg, error):
         error(f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
     if cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0:
         error(f"--hops {cfg.hops} --distractors {cfg.distractors}: the world has {len(envs.RELATIONS)} relations in all")
-    farthest = min(len(envs.INDICES), len(envs.NAMES) // cfg.hops[1])
+    farthest, processes = envs.farthest(cfg.hops), 1 if cfg.sweep else cfg.nproc
     for name in "objectives", "eval_objectives":
         if not all(1 <= n <= farthest for n in getattr(cfg, name)):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
-        if getattr(cfg, name) < cfg.nproc:
-            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {cfg.nproc} processes (--nproc)")
+        if getattr(cfg, name) < processes:
+            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {processes} processes (--nproc)")
+    if len({*cfg.agents}) < len(cfg.agents):
+        error(f"--agents {' '.join(cfg.agents)}: expected each only once")
+    if cfg.sweep < 0:
+        error(f"--sweep {cfg.sweep}: expected the number of seeds, e.g. --sweep 3")
     if cfg.start and not cfg.resume:
         world, models = evaluation.load_run(cfg.start)
         for agent in cfg.agents:
