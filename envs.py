@@ -23,9 +23,14 @@ Differs from the paper's environment (sec. 4.1):
 2) questions carry an index, and the answer lists `#index answer` pairs instead of `a; b; ...`;
 3) the turn budget follows from the number of hops (longest chain x N + 2) instead of 6 or 20.
 """
+import collections
+import functools
 import itertools
+import json
 import math
 import re
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 
@@ -43,9 +48,15 @@ STOP = "."  # ends the list of questions, where otherwise the next index would s
 SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
 WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "answer", "now", "nothing", "found"]
 
+KINDS = ["list", "chain"]  # of tasks, see ComposedQA
+
+WORD = r"[^\s!-/:-@\[-^`{-~]+"  # a name: of any script, without white space and ASCII punctuation (but for _)
+ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
+OPEN = rf"(#\d+) :+ ({WORD})((?: {WORD})*) (#\d+|\.)"  # in a state: index, subject and relations still open, next index
+
 
 class ComposedQA:
-    """N multi-hop questions over a private knowledge base, behind a search tool.
+    """N multi-hop questions over a knowledge base, behind a search tool.
 
     n_objectives  N, the horizon
     hops          (fewest, most) relations in a question
@@ -53,37 +64,38 @@ class ComposedQA:
     top_k         facts that a search returns at most
     seed          anything that numpy's SeedSequence takes; the same seed gives the same episode
     max_turns     turn budget, answer included; None: longest chain x N + 2
+    kinds         of tasks, one drawn for each episode:
+                      list   independent questions
+                      chain  of half of them the subject is an earlier answer: `#65 : #64 pupil`
+    facts         None: a world invented for this episode alone; else Facts, see read_facts()
+    asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
 
     After the last step: `em` and `f1` are sums over objectives (0..N), `cause` says what ended it.
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None):
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",), facts=None, asked_for=None):
         assert 1 <= n_objectives <= len(INDICES), f"n_objectives is {n_objectives}, expected 1 to {len(INDICES)}"
-        assert n_objectives <= farthest(hops), f"{n_objectives} objectives of {hops[1]} hops need more than the {len(NAMES)} names there are"
-        assert 1 <= hops[0] <= hops[1] and hops[1] + distractors <= len(RELATIONS), f"hops {hops}, distractors {distractors}"
+        assert facts or n_objectives * hops[1] <= len(NAMES), f"{n_objectives} objectives of {hops[1]} hops need more than {len(NAMES)} names"
+        assert 1 <= hops[0] <= hops[1] and (facts or hops[1] + distractors <= len(RELATIONS)), f"hops {hops}, distractors {distractors}"
         rng = np.random.default_rng(seed)
         self.n_objectives, self.top_k = n_objectives, top_k
         self.max_turns = max_turns or hops[1] * n_objectives + 2
         self.turn, self.done, self.cause, self.em, self.f1 = 0, False, None, 0, 0.0
 
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # a random start: see every index in training
-        subjects = iter(rng.permutation(NAMES))  # a name is the subject of one chain only
-        self.facts, self.questions, self.golds = [], [], []
-        for i in range(n_objectives):
-            relations = [str(r) for r in rng.permutation(RELATIONS)]
-            chain, others = relations[: rng.integers(hops[0], hops[1] + 1)], relations[hops[1] :]
-            subject = start = str(next(subjects))
-            for j, relation in enumerate(chain):
-                answer = str(rng.choice(NAMES)) if j == len(chain) - 1 else str(next(subjects))
-                facts = [(relation, answer)]
-                facts += [(str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
-                self.facts += [f"{subject} {r} {o}" for r, o in facts]
-                subject = answer
-            self.questions.append(" ".join([INDICES[first + i], *asked(start, chain)]))
-            self.golds.append((INDICES[first + i], answer))
-        self.facts = [self.facts[i] for i in rng.permutation(len(self.facts))]
+        indices = INDICES[first : first + n_objectives]
+        kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
+        if facts is None:
+            questions, triples = invent(indices, hops, distractors, kind == "chain", rng)
+            self._search = Search(triples)
+        else:
+            questions = [facts.follow(*question) for question in asked_for] if asked_for else facts.draw(n_objectives, hops, rng)
+            self._search = facts.search
+        self.facts = self._search.facts
+        self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
+        self.finals = {index: " ".join(last) for index, (*_, last) in zip(indices, questions)}  # the fact that answers each question
+        self.golds = [(index, last[2]) for index, (*_, last) in zip(indices, questions)]
         self.prompt = " " + " ".join([*self.questions, STOP])
-        self._index_facts()
 
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string at all. Returns the observation.
@@ -101,38 +113,175 @@ class ComposedQA:
             self.em, self.f1 = score(text, self.golds)
         return ""
 
-    def _index_facts(self):
-        """BM25 (k1 1.2, b 0, since facts are of equal length) of every word in every fact, ahead of time.
+    def search(self, query):
+        return self._search(query, self.top_k)
 
-        A fact is a page whose title is its subject, so the subject counts twice: the page *about*
-        a name comes before the pages that mention it.
-        """
-        pages = [[fact.split()[0], *fact.split()] for fact in self.facts]
+
+def invent(indices, hops, distractors, chained, rng):
+    """A world of its own: questions [(subject, relations, the fact that answers), ...] and all facts [(subject, relation, object), ...]."""
+    n, names = len(indices), iter(map(str, rng.permutation(NAMES)))  # a name is the subject of one chain only
+    earlier = {}  # question -> the earlier one whose answer is its subject; an answer is taken up once at most
+    for i in range(1, n) if chained else ():
+        free = sorted({*range(i)} - {*earlier.values()})
+        if rng.random() < 0.5:
+            earlier[i] = int(rng.choice(free))
+    questions, triples = [], []
+    for i in range(n):
+        relations = [str(r) for r in rng.permutation(RELATIONS)]
+        chain, others = relations[: rng.integers(hops[0], hops[1] + 1)], relations[hops[1] :]
+        subject = questions[earlier[i]][2][2] if i in earlier else next(names)
+        start = indices[earlier[i]] if i in earlier else subject
+        for j, relation in enumerate(chain):
+            answer = str(rng.choice(NAMES)) if j == len(chain) - 1 and i not in earlier.values() else next(names)
+            triples.append((subject, relation, answer))
+            triples += [(subject, str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
+            subject = answer
+        questions.append((start, chain, (*triples[-distractors - 1][:2], answer)))
+    return questions, [triples[i] for i in rng.permutation(len(triples))]
+
+
+class Search:
+    """BM25 (k1 1.2, b 0, since facts are of equal length) of every word in every fact (subject, relation, object).
+
+    A fact is a page whose title is its subject, so the subject counts twice: the page *about* a name comes
+    before the pages that mention it.
+    """
+
+    def __init__(self, triples):
+        self.facts = [" ".join(triple) for triple in triples]
+        pages = [words(f"{subject} {subject} {relation} {thing}") for subject, relation, thing in triples]
         df = {}
         for word in itertools.chain.from_iterable(map(set, pages)):
             df[word] = df.get(word, 0) + 1
-        self._postings = {}  # word -> {page: weight}
+        self.postings = {}  # word -> {page: weight}
         for i, page in enumerate(pages):
             for word in set(page):
                 idf, tf = math.log(1 + (len(pages) - df[word] + 0.5) / (df[word] + 0.5)), page.count(word)
-                self._postings.setdefault(word, {})[i] = idf * tf * 2.2 / (tf + 1.2)
+                self.postings.setdefault(word, {})[i] = idf * tf * 2.2 / (tf + 1.2)
 
-    def search(self, query):
-        """The `top_k` facts that match `query` best, in the knowledge base's own (random) order.
+    def __call__(self, query, top_k):
+        """The facts that match `query` best, in the knowledge base's own (random) order.
 
         Not in the order of their rank: the agent has to read what it got, not to take the first.
         """
         scores = {}
         for word in words(query)[:64]:  # of an over-long query the beginning counts
-            for page, weight in self._postings.get(word, {}).items():
+            for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
-        best = sorted(scores, key=lambda page: (-scores[page], page))[: self.top_k]
+        best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
         return [self.facts[page] for page in sorted(best)]
 
 
-def farthest(hops):
-    """The longest horizon that there are indices and names for."""
-    return min(len(INDICES), len(NAMES) // hops[1])
+class Facts:
+    """A knowledge base from a file, shared by all episodes: its search tool, and questions about it."""
+
+    def __init__(self, triples):
+        self.search, self.words = Search(triples), sorted({word for triple in triples for word in triple} - {*WORDS})
+        self.known = {}  # subject -> {relation: object}, without those that have several
+        several = {pair for pair, n in collections.Counter((s, r) for s, r, _ in triples).items() if n > 1}
+        for s, r, o in triples:
+            if (s, r) not in several:
+                self.known.setdefault(s, {})[r] = o
+        self.subjects = sorted(self.known)
+
+    def draw(self, n, hops, rng):
+        """n questions on different subjects, as far as there are so many: [(subject, relations, the fact that answers), ...]."""
+        subjects = itertools.chain(rng.permutation(self.subjects), iter(lambda: rng.choice(self.subjects), None))
+        questions = []
+        while len(questions) < n:
+            start, relations = str(next(subjects)), []
+            subject = start
+            for _ in range(rng.integers(hops[0], hops[1] + 1)):
+                onward = [r for r in self.known.get(subject, {}) if r not in relations]
+                if not onward:
+                    break
+                relations.append(str(rng.choice(onward)))
+                last = subject, relations[-1], self.known[subject][relations[-1]]
+                subject = last[2]
+            if len(relations) >= hops[0] or len(questions) + len(self.subjects) < n:
+                questions.append((start, relations, last))
+        return questions
+
+    def follow(self, subject, relations):
+        """The question with the fact that answers it. ValueError if there is none, or several."""
+        start = subject
+        for relation in relations:
+            if relation not in self.known.get(subject, {}):
+                raise ValueError(f"there is no one fact `{subject} {relation}`; known of it: {', '.join(self.known.get(subject, {})) or 'nothing'}")
+            last = subject, relation, self.known[subject][relation]
+            subject = last[2]
+        return start, relations, last
+
+    def parse(self, text):
+        """`new zealand capital river` -> ("New_Zealand", ["capital", "river"]): known names, the longest that fit, in any case."""
+        known = {word.casefold(): word for subject, facts in self.known.items() for word in (subject, *facts)}
+        rest, found = name_of(text).casefold().split("_"), []
+        while rest:
+            n = next((n for n in range(len(rest), 0, -1) if "_".join(rest[:n]) in known), None)
+            if n is None:
+                raise ValueError(f"`{' '.join(rest)}`: no name or relation of the facts begins so")
+            found.append(known["_".join(rest[:n])])
+            rest = rest[n:]
+        if len(found) < 2:
+            raise ValueError(f"`{text.strip()}`: expected a name and one relation or more")
+        return found[0], found[1:]
+
+
+def name_of(text):
+    """A name as this world writes it, one word: white space and ASCII punctuation become `_`, any script stays.
+
+    >>> name_of(" São Tomé & Príncipe "), name_of("东京"), name_of("?")
+    ('São_Tomé_Príncipe', '东京', '')
+    """
+    return "_".join(re.findall(WORD, unicodedata.normalize("NFC", str(text)).replace("_", " ")))
+
+
+@functools.cache
+def read_facts(path, skip_bad=False):
+    """Facts of a file: a line a fact, `subject TAB relation TAB object`, or in a .jsonl file {"subject": ..., "relation": ..., "object": ...}.
+
+    Empty lines and lines that begin with # are passed over. A fact that stands there twice counts once. What has several
+    objects can be found, but is not asked for. A bad line is a ValueError with its number, or skipped if skip_bad.
+    Returns (Facts, [what to tell the user, ...]).
+    """
+    triples, told, bad = {}, [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            parts = [json.loads(line)[key] for key in ("subject", "relation", "object")] if str(path).endswith(".jsonl") else line.split("\t")
+        except (ValueError, KeyError, TypeError):
+            parts = []
+        triple = tuple(map(name_of, parts))
+        if len(triple) != 3 or not all(triple):
+            bad.append(f"line {number} is {line[:60]!r}, expected subject, relation and object")
+            continue
+        triples.setdefault(tuple(part.casefold() for part in triple), triple)  # search and scores know no case
+    if bad and not skip_bad:
+        raise ValueError(f"{path}: {bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}; mend it, or give --skip-bad-facts")
+    facts = Facts(list(triples.values()))
+    if not facts.known:
+        raise ValueError(f"{path}: no fact to ask for")
+    told += [f"skipped: {reason}" for reason in bad]
+    several = len({(s, r) for s, r, _ in triples.values()}) - sum(map(len, facts.known.values()))
+    told.append(f"{len(triples)} facts on {len(facts.subjects)} subjects; {several} subjects and relations with several objects: never asked for")
+    return facts, told
+
+
+def make(world, n_objectives, seed, max_turns=None):
+    """The environment of an episode in the `world` of a configuration: all that a world is to the rest of the project."""
+    facts = read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None
+    return ComposedQA(n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds, facts)
+
+
+def words_of(world):
+    """The words that this world has besides WORDS: names and relations of a file."""
+    return read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else []
+
+
+def farthest(world):
+    """The longest horizon that there are indices, and in an invented world names, for."""
+    return len(INDICES) if world.facts else min(len(INDICES), len(NAMES) // world.hops[1])
 
 
 def asked(subject, relations):
@@ -145,7 +294,7 @@ def asked(subject, relations):
 
 def words(text):
     """Lower-case words of any text: the normalisation of the paper's EM, without its articles."""
-    return re.findall(r"#?\w+", text.lower())
+    return re.findall(rf"#?{WORD}", text.lower())
 
 
 def score(text, golds):
@@ -195,22 +344,22 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    questions = {index: (subject, relations.split()) for index, subject, relations in re.findall(r"(#\d+) :+ (\w+)((?: \w+)+)", prompt)}
+    questions = {index: (subject, relations.split()) for index, subject, relations in re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)", prompt)}
     following = dict(zip(["", *questions], [*questions, STOP]))  # each index to the next, "" to the first, the last to `.`
-    answers = dict(re.findall(r"(#\d+) (\w+)", seen))
+    answers = dict(re.findall(ENTRY, seen))
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     index, subject, relations, then = at_hand(seen, query, questions, following, answers)
     if amnesic:
         answers = dict([*answers.items()][-1:]) if style == "apart" else {}
 
-    found = re.findall(rf"\b{re.escape(subject)} {re.escape(relations[0])} \w+", info)[:1] if query and relations else []
+    found = re.findall(rf"(?<!\S){re.escape(subject)} {re.escape(relations[0])} {WORD}", info)[:1] if query and relations else []
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
     fresh, due = {}, "answer now" in info
     if due or not relations:  # this question is done with: the next
         if index in questions:
             answers[index] = fresh[index] = subject
-        index, (subject, relations), then = then, questions.get(then, ("", [])), following.get(then, "")
+        index, subject, relations, then = take_up(then, questions, following, answers)
     if due or not relations:  # there is no other
         return " ".join([*found, STOP]), "answer", entries(answers)
     question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
@@ -224,17 +373,28 @@ def at_hand(seen, query, questions, following, answers):
     The last state says it. If no state is kept, it follows from the query: it asks for a question's subject, or
     for what the one after the last answer has led to. Else that one begins anew.
     """
-    stated = re.findall(r"(#\d+) :+ (\w+)((?: \w+)*) (#\d+|\.)", seen)
+    stated = re.findall(OPEN, seen)
     if stated:
         index, subject, relations, then = stated[-1]
         return index, subject, relations.split(), then
     subject, relation = (query.split() + ["", ""])[:2]
     after = following[["", *(i for i in answers if i in questions)][-1]]
-    index = next((i for i in questions if questions[i][0] == subject), after)
-    start, relations = questions.get(index, ("", []))
+    begun = next((i for i in questions if answers.get(questions[i][0], questions[i][0]) == subject), after)
+    index, start, relations, then = take_up(begun, questions, following, answers)
     if relation in relations:
-        return index, subject, relations[relations.index(relation) :], following[index]
-    return index, start, relations, following.get(index, "")
+        return index, subject, relations[relations.index(relation) :], then
+    return index, start, relations, then
+
+
+def take_up(index, questions, following, answers):
+    """The question `index`, or the next one that can be asked: one about an earlier answer needs that answer."""
+    while index in questions:
+        subject, relations = questions[index]
+        subject = answers.get(subject, subject)
+        if not subject.startswith("#"):
+            return index, subject, relations, following[index]
+        index = following[index]
+    return index, "", [], ""
 
 
 def entries(answers):
@@ -242,12 +402,12 @@ def entries(answers):
     return " ".join(f"{index} {answer}" for index, answer in answers.items())
 
 
-def primer(rng, longest):
+def primer(rng, longest, more=()):
     """One exercise in reading, on random words: (text, [(words, is it to be learned), ...]).
 
     What a pretrained language model brings along and random weights do not: to copy a list, to
     edit it while copying, to look things up. No environment, no turn, no episode, nothing to
-    remember or to prune. Lists have 2 to `longest` items.
+    remember or to prune. Lists have 2 to `longest` items; `more` are words besides the names of this world.
 
     >>> text, answer = primer(np.random.default_rng(54), 3)
     >>> text
@@ -255,19 +415,19 @@ def primer(rng, longest):
     >>> answer
     [(' append', False), (' ; #17 bize #24 : ropu deputy .', True), (' .', True)]
     """
-    n = int(rng.integers(2, longest + 1))
+    n, names = int(rng.integers(2, longest + 1)), [*NAMES, *more]
     draw = lambda k, pool: [str(word) for word in rng.choice(pool, k, replace=False)]  # k different words
     any_of = lambda pool: pool[rng.integers(len(pool))]
-    keys, values = draw(n, INDICES), [any_of(NAMES) for _ in range(n)]
+    keys, values = draw(n, INDICES), [any_of(names) for _ in range(n)]
     pairs = [f"{key} {value}" for key, value in zip(keys, values)]
-    sections = [" ".join(asked(any_of(NAMES), draw(rng.integers(1, 4), RELATIONS))) for _ in keys]
+    sections = [" ".join(asked(any_of(names), draw(rng.integers(1, 4), RELATIONS))) for _ in keys]
     sections = [f"{section} {then}" for section, then in zip(sections, [*keys[1:], STOP])]  # up to and with the next heading
     skill = any_of(SKILLS)
     if skill == "copy":  # a list of words
-        text = draw(n, NAMES)
+        text = draw(n, names)
         target = [(text, True)]
     elif skill == "edit":  # a list of pairs with a question at its end, that comes by the answer to its first step
-        chain, answer, then = draw(rng.integers(1, 4), RELATIONS), any_of(NAMES), any_of([*INDICES, STOP])
+        chain, answer, then = draw(rng.integers(1, 4), RELATIONS), any_of(names), any_of([*INDICES, STOP])
         text = [LIST, *pairs[:-1], keys[-1], *asked(values[-1], chain), then, STOP, answer]
         target = [([LIST, *pairs[:-1], keys[-1], *asked(answer, chain[1:]), then], True)]
     elif skill == "append":  # a list of pairs, and behind it the section that its last key names
@@ -279,8 +439,8 @@ def primer(rng, longest):
     elif skill == "section":  # what stands under some headings
         text, target = [keys[0], *sections], [part for i in rng.permutation(n)[:4] for part in (([keys[i]], False), ([sections[i]], True))]
     elif skill == "fact":  # what stands behind two given words, where each of them occurs elsewhere too
-        subjects, relations = draw(max(2, n // 3), NAMES), draw(3, RELATIONS)
-        facts = [(f"{s} {r}", any_of(NAMES)) for s in subjects for r in relations]
+        subjects, relations = draw(max(2, n // 3), names), draw(3, RELATIONS)
+        facts = [(f"{s} {r}", any_of(names)) for s in subjects for r in relations]
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         target = [part for i in rng.permutation(len(facts))[:8] for part in (([facts[i][0]], False), ([facts[i][1]], True))]

@@ -57,8 +57,7 @@ def play(model, policy, world, n_objectives, episodes, split, rank=0, world_size
     """Greedy episodes, their trajectories one by one. The processes share the work."""
     mine = range(rank, episodes, world_size)
     for i in range(0, len(mine), BATCH):
-        yield from rollout(model, [envs.ComposedQA(n_objectives, tuple(world.hops), world.distractors, world.top_k, [0, split, n_objectives, j, 0])
-                                   for j in mine[i : i + BATCH]], policy)
+        yield from rollout(model, [envs.make(world, n_objectives, [0, split, n_objectives, j, 0]) for j in mine[i : i + BATCH]], policy)
 
 
 def measure(model, policy, world, n_objectives, episodes, split, rank=0, world_size=1):
@@ -138,6 +137,18 @@ def show(traj, policy, color):
     print(f"       {traj.env.cause}; right would be {golds}: em {traj.env.em}/{traj.env.n_objectives}, peak {traj.peak} tokens\n")
 
 
+def ask(model, policy, world, text):
+    """Questions of the user's own, `name relation ...; name relation ...`, to an agent that was trained on a file of facts."""
+    facts = envs.read_facts(world.facts, world.skip_bad_facts)[0]
+    questions = [facts.parse(question) for question in text.split(";") if question.strip()]
+    hops = 1, max(len(relations) for _, relations in questions)
+    (traj,) = rollout(model, [envs.ComposedQA(len(questions), hops, top_k=world.top_k, facts=facts, asked_for=questions)], policy)
+    show(traj, policy, sys.stdout.isatty())
+    given = dict(re.findall(envs.ENTRY, ENC.decode(traj.turns[-1].action)))
+    for (index, gold), (subject, relations) in zip(traj.env.golds, questions):
+        print(f"{subject} {' '.join(relations)}: {given.get(index, 'no answer')}{'' if given.get(index) == gold else f' (wrong: {gold})'}")
+
+
 def slip(traj, policy):
     """Where an episode first left the way: (cause, turn, written, right), of the first turn that is not what the
     demonstrator would have written, given what the agent saw; None if there is no such turn."""
@@ -152,8 +163,8 @@ def difference(written, right):
     def read(ids):
         kind, state, _, text = parse(ids)
         state = ENC.decode(state)
-        *_, (index, question, then) = ("", "", ""), *re.findall(r"(#\d+) (:+ \w+(?: \w+)*) (#\d+|\.)", state)
-        return kind, dict(re.findall(r"(#\d+) (\w+)", text if kind == "answer" else state)), index, question, then, text
+        *_, (index, *question, then) = ("",) * 4, *re.findall(envs.OPEN, state)
+        return kind, dict(re.findall(envs.ENTRY, text if kind == "answer" else state)), index, (question, state.count(":")), then, text
 
     (kind, has, index, question, then, text), (right_kind, should, right_index, right_question, right_then, right_text) = read(written), read(right)
     if kind == "malformed":
@@ -208,14 +219,14 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
     for name, (model, policy) in methods.items():
         by_turn = {}
         for traj in play(load(models[model], device), policy, world, n, episodes, TEST):
-            found, last = set(), final_facts(traj.env)
+            found = set()
             for t, turn in enumerate(traj.turns):
-                held, (kind, _, _, asked) = set(re.findall(r"#\d+ \w+", ENC.decode(turn.state))), parse(turn.written)
+                held, (kind, _, _, asked) = set(re.findall(envs.ENTRY, ENC.decode(turn.state))), parse(turn.written)
                 right = turn.written == expert(traj.env.prompt, policy, traj.turns[:t])
                 if kind == "query":
                     by_turn.setdefault(t + 1, []).append((len(found), len(found & held), right, len(turn.state)))
-                for fact in re.findall(rf"{re.escape(asked.strip())} \w+", ENC.decode(turn.info)):
-                    found |= {f"{index} {fact.split()[-1]}" for index in last if last[index] == fact}
+                shown = re.findall(rf"{re.escape(asked.strip())} {envs.WORD}", ENC.decode(turn.info))
+                found |= {(index, fact.split()[-1]) for index, fact in traj.env.finals.items() if fact in shown}
         rows = results.setdefault(name, {})
         for t, cells in sorted(by_turn.items()):
             found, held, right, state = np.mean(cells, axis=0).tolist()
@@ -224,16 +235,6 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
         for t, r in rows.items():
             say(f"{t:>5s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} {r['right']:6.1%} {r['state']:6.1f}")
     return results
-
-
-def final_facts(env):
-    """{index: the fact that answers its question}, by following each chain of relations through the facts."""
-    known, last = {tuple(fact.split()[:2]): fact.split()[2] for fact in env.facts}, {}
-    for question in env.questions:
-        index, _, subject, *relations = question.split()
-        for relation in relations:
-            last[index], subject = f"{subject} {relation} {known[subject, relation]}", known[subject, relation]
-    return last
 
 
 def layouts(model, world, horizons, episodes, say):
@@ -251,7 +252,7 @@ def layouts(model, world, horizons, episodes, say):
     for n in horizons:
         seeds = [[0, TEST, n, i] for i in range(episodes)]
         if world:
-            worlds = [envs.ComposedQA(n, tuple(world.hops), world.distractors, world.top_k, [*seed, 0]) for seed in seeds]
+            worlds = [envs.make(world, n, [*seed, 0]) for seed in seeds]
             trajs = rollout(model, worlds, mem1, [np.random.default_rng([*seed, 2]) for seed in seeds])
             acted = torch.tensor(recorded(trajs, "logp"))  # (M,)
         else:
@@ -348,7 +349,7 @@ def collect(paths, say, episodes=64):
             if row["stage"] == "ppo":
                 rewards.setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
         if "mem1" in results:
-            n = min(FARTHEST, envs.farthest(world.hops))
+            n = min(FARTHEST, envs.farthest(world))
             say(f"{path}: {n} objectives, what the state holds, failures")
             trained = {name: pair for name, pair in methods(models).items() if name in ("mem1", "mem1-demos")}
             world.eval_objectives = [n]
@@ -494,13 +495,21 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+ADDED_LATER = dict(kinds=("list",), facts="", skip_bad_facts=False)  # what the configuration of an older run does not say
+
+
 def load_run(path):
     """(world, models) of a run's directory; exits with one line if there is no such run."""
     config, checkpoint = Path(path) / "config.json", Path(path) / "checkpoint.pt"
     for file in config, checkpoint:
         if not file.is_file():
             sys.exit(f"eval.py: {file} does not exist; expected the directory of a run of train.py, such as runs/cpu")
-    world = SimpleNamespace(**json.loads(config.read_text())["config"])
+    world = SimpleNamespace(**{**ADDED_LATER, **json.loads(config.read_text())["config"]})
+    world.facts = world.facts and str(Path(path) / Path(world.facts).name)  # the run's own copy
+    try:
+        ENC.add(envs.words_of(world))
+    except (OSError, ValueError) as problem:
+        sys.exit(f"eval.py: {path}: the facts that this run was trained on: {problem}")
     return world, torch.load(checkpoint, map_location="cpu", weights_only=True)["models"]
 
 
@@ -520,6 +529,7 @@ def main():
     parser.add_argument("--objectives", type=numbers, help="comma-separated horizons, e.g. 2,16; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
+    parser.add_argument("--ask", metavar="TEXT", help='questions to an agent trained with --facts: "Japan capital; Peru continent"')
     parser.add_argument("--failures", action="store_true", help="why objectives were lost, by cause, instead of the table")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
     parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
@@ -553,7 +563,7 @@ def main():
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
-    most = envs.farthest(world.hops) if world else len(envs.INDICES)
+    most = envs.farthest(world) if world else len(envs.INDICES)
     if args.objectives and max(args.objectives) > most:
         parser.error(f"--objectives {max(args.objectives)}: in the world of this run there are names for at most {most}")
     have = methods(models)
@@ -569,6 +579,13 @@ def main():
     elif args.failures or args.memory:
         n = args.objectives[0] if args.objectives else 16
         results = (failures if args.failures else memory)(models, world, chosen, n, args.episodes or 64, say, args.device)
+    elif args.ask:
+        if not world.facts:
+            parser.error(f"--ask: {args.run} knows an invented world only, other facts in each episode; train with --facts FILE")
+        try:
+            return ask(load(models[next(iter(chosen.values()))[0]], args.device), next(iter(chosen.values()))[1], world, args.ask)
+        except ValueError as problem:
+            parser.error(f"--ask: {problem}")
     elif args.show:
         for name, (model, policy) in chosen.items():
             n = args.objectives[0] if args.objectives else 4

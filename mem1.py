@@ -47,7 +47,7 @@ from model import Cache, Prefix
 TAGS = ["<task>", "<IS>", "<query>", "<answer>", "<info>", "<end>"]
 
 
-def build_encoding(words):
+class Vocabulary:
     """A tiktoken.Encoding of 256 bytes, each of `words` as a single token (with its leading space), and TAGS.
 
     Built from our own ranks, so that nothing is downloaded. Text goes in by `encode_ordinary` alone,
@@ -57,17 +57,27 @@ def build_encoding(words):
     >>> any(token in TAG_IDS for token in tags), ENC.decode(tags)
     (False, '</info> <answer> #1 x <end>')
     """
-    ranks = {bytes([i]): i for i in range(256)}
-    for word in words:
-        ranks[b" " + word.encode()] = len(ranks)
-    tags = {tag: len(ranks) + i for i, tag in enumerate(TAGS)}
-    # a word, punctuation or white space; words and punctuation take one space before them along
-    return tiktoken.Encoding("mem1", pat_str=r" ?#?\w+| ?[^\s\w]+|\s+", mergeable_ranks=ranks, special_tokens=tags)
+
+    def __init__(self, words):
+        self.ranks, self.tags = {bytes([i]): i for i in range(256)}, {}
+        self.add(words)
+        self.tags = {tag: self.n_vocab + i for i, tag in enumerate(TAGS)}
+        self.add([])
+
+    def add(self, words):
+        """More words, behind all that there is: no token changes its id. A word that is known already stays as it is."""
+        for word in words:
+            self.ranks.setdefault(b" " + word.encode(), len(self.ranks) + len(self.tags))
+        # a word, punctuation or white space; words and punctuation take one space before them along
+        pattern = rf" ?#?{envs.WORD}| ?[!-/:-@\[-^`{{-~]+|\s+"
+        encoding = tiktoken.Encoding("mem1", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.tags)
+        self.encoding, self.n_vocab = encoding, encoding.n_vocab
+        self.encode_ordinary, self.decode = encoding.encode_ordinary, encoding.decode
 
 
-ENC = build_encoding(envs.WORDS)
-TASK, IS, QUERY, ANSWER, INFO, END = TAG_IDS = [ENC.encode_single_token(tag) for tag in TAGS]
-SPLIT = ENC.encode_single_token(" " + envs.LIST)
+ENC = Vocabulary(envs.WORDS)
+TASK, IS, QUERY, ANSWER, INFO, END = TAG_IDS = [ENC.tags[tag] for tag in TAGS]
+(SPLIT,) = ENC.encode_ordinary(" " + envs.LIST)
 
 
 def parse(ids):

@@ -436,7 +436,7 @@ def test_any_text_round_trips_and_none_yields_a_tag(text):
     ids = ENC.encode_ordinary(text)
     assert not set(ids) & set(TAG_IDS)
     assert ENC.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert ENC.encode(mem1.TAGS[1], allowed_special="all") == [IS]  # control: asked to, it would
+    assert ENC.encoding.encode(mem1.TAGS[1], allowed_special="all") == [IS]  # control: asked to, it would
 
 
 def test_a_forged_tag_in_an_observation_stays_text():
@@ -459,7 +459,7 @@ def test_tokens_go_from_the_sampler_to_the_learner_without_a_detour_through_text
     gpt = talkative()
     gpt.logits = lambda x: GPT.logits(gpt, x) + (torch.arange(ENC.n_vocab) < 256) * 4.0 + (torch.arange(ENC.n_vocab) == END) * 8.0
     (traj,) = play(gpt, mem1.full, [4])
-    assert any(ENC.encode(ENC.decode(wrote), allowed_special="all") != wrote for turn in traj.turns for wrote in [turn.state + turn.action])
+    assert any(ENC.encoding.encode(ENC.decode(wrote), allowed_special="all") != wrote for turn in traj.turns for wrote in [turn.state + turn.action])
     assert [token for turn in traj.turns for token in turn.state + turn.action + turn.info][: len(traj.branches[0].ids)] == traj.branches[0].ids
 
 
@@ -500,6 +500,70 @@ def test_the_demonstrator_solves_every_size_unless_it_forgets_or_has_no_turns(n,
         assert demonstrate(envs.ComposedQA(16, seed=0), policy, amnesic=True).env.em < 8
         hurried = demonstrate(envs.ComposedQA(16, seed=0, max_turns=10), policy).env
         assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
+
+
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_a_chained_question_needs_the_answer_of_an_earlier_one(n):
+    chained = 0
+    for seed in range(20):
+        env = envs.ComposedQA(n, kinds=("chain",), seed=seed)
+        starts = [question.split()[2] for question in env.questions]
+        about = [start for start in starts if start.startswith("#")]
+        assert len(set(about)) == len(about) and all(start in envs.INDICES[: envs.INDICES.index(env.golds[i][0])] for i, start in enumerate(starts) if start in about)
+        solved = {policy: demonstrate(envs.ComposedQA(n, kinds=("chain",), seed=seed), policy).env.em for policy in (mem1.mem1, mem1.full, mem1.separate)}
+        assert set(solved.values()) == {n}, solved
+        chained += len(about)
+        assert not about or demonstrate(envs.ComposedQA(n, kinds=("chain",), seed=seed), mem1.mem1, amnesic=True).env.em < n
+    assert 0.15 < chained / (20 * n) < 0.6
+
+
+def test_a_file_of_facts_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
+    good = "São Tomé\tcapital\tSão Tomé\n# a comment\n\n东京\triver\tSumida\nहिन्दी\tscript\tदेवनागरी\n"
+    for name, text, words in (("a.tsv", good + "just one\n", "line 6 is 'just one'"), ("b.tsv", good + "a\tb\t?!\n", "line 6"),
+                              ("c.jsonl", '{"subject": "x", "relation": "y"}\n', "line 1"), ("d.jsonl", "{\n", "line 1"), ("e.tsv", "\n", "no fact")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=words):
+            envs.read_facts(str(tmp_path / name))
+    facts, told = envs.read_facts(str(tmp_path / "a.tsv"), True)
+    assert "line 6" in told[0] and facts.known == {"São_Tomé": {"capital": "São_Tomé"}, "东京": {"river": "Sumida"}, "हिन्दी": {"script": "देवनागरी"}}
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(dict(subject="x", relation="y", object=o)) + "\n" for o in ("1", "2", "1")) + '{"subject": "X", "relation": "z", "object": 3}\n')
+    facts, _ = envs.read_facts(str(tmp_path / "f.jsonl"))
+    assert facts.known == {"X": {"z": "3"}} and len(facts.search.facts) == 3  # twice counts once; what is ambiguous is not asked for, but found
+    assert set(facts.search("x y", 3)) >= {"x y 1", "x y 2"}
+
+
+def test_real_facts_make_the_same_tasks():
+    facts, _ = envs.read_facts(str(HERE / "assets" / "countries.tsv"))
+    for n in 1, 4, 16:
+        for seed in range(5):
+            env = envs.ComposedQA(n, facts=facts, seed=seed)
+            assert all(final in env.search(" ".join(final.split()[:2])) for final in env.finals.values())
+            for policy in mem1.mem1, mem1.full:
+                assert demonstrate(envs.ComposedQA(n, facts=facts, seed=seed), policy).env.em == n
+    assert facts.parse(" new ZEALAND capital") == ("New_Zealand", ["capital"])
+    for text in "nowhere capital", "France", "France madness":
+        with pytest.raises(ValueError, match="`"):
+            facts.parse(text)
+
+
+def test_words_of_a_file_are_tokens_behind_all_others_and_change_none():
+    vocabulary = mem1.Vocabulary(envs.WORDS)
+    before = vocabulary.encode_ordinary(" #64 jelo : São_Tomé"), vocabulary.n_vocab, vocabulary.tags
+    vocabulary.add(["São_Tomé", "jelo", "देवनागरी"])
+    ids = vocabulary.encode_ordinary(" #64 jelo : São_Tomé देवनागरी")
+    assert ids == [*before[0][:3], before[1], before[1] + 1] and vocabulary.tags == before[2] and len(before[0]) > 5
+    assert vocabulary.decode(ids) == " #64 jelo : São_Tomé देवनागरी" and vocabulary.n_vocab == before[1] + 2
+
+
+def test_an_agent_is_trained_on_a_file_and_can_be_asked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "facts.tsv").write_text((HERE / "assets" / "countries.tsv").read_text())
+    code, text, err = script("train.py", *TINY, "--agents", "mem1", "--facts", tmp_path / "facts.tsv", "--kinds", "list", "--out", tmp_path / "run")
+    assert code == 0 and "345 facts" in text, err
+    (tmp_path / "facts.tsv").unlink()  # the run has its own
+    code, text, err = script("eval.py", tmp_path / "run", "--ask", "japan capital; peru capital river")
+    assert code == 0 and ": Japan capital" in text and "Peru capital river: no answer (wrong: Rímac)" in text, (text, err)
+    code, _, err = script("eval.py", tmp_path / "run", "--ask", "japan emperor")
+    assert code == 2 and err.count("\n") == 1 and "emperor" in err
 
 
 def test_the_demonstrator_knows_no_more_than_its_context_holds():
@@ -709,7 +773,7 @@ class Cue:
 def hint_at_cue(env, policy, draw):
     """A demonstrator who writes the cue in half of its states and answers, and any word in the others."""
     traj, words = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]), [env.cue, *env.words]
-    token = lambda: ENC.encode_single_token(words[draw.choice(3, p=[0.5, 0.25, 0.25])])
+    token = lambda: ENC.encoding.encode_single_token(words[draw.choice(3, p=[0.5, 0.25, 0.25])])
     while not env.done:
         traj.open_turn(policy)
         traj.close_turn([token(), QUERY, token(), END])
@@ -719,7 +783,7 @@ def hint_at_cue(env, policy, draw):
 def test_ppo_learns_to_carry_a_cue_in_the_internal_state_and_can_not_with_the_state_blanked(monkeypatch):
     monkeypatch.setattr(mem1, "turn_cap", lambda n: 5)
     allowed = torch.full((ENC.n_vocab,), -1e9)
-    allowed[[*(ENC.encode_single_token(word) for word in Cue.words), QUERY, END]] = 0.0
+    allowed[[*(ENC.encoding.encode_single_token(word) for word in Cue.words), QUERY, END]] = 0.0
     through_the_state, blanked = lambda turns: turns[-1].state + turns[-1].info, lambda turns: turns[-1].info
     earned = []
     for policy in through_the_state, blanked:
@@ -895,7 +959,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
-    (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
@@ -1020,7 +1084,7 @@ MUTANTS = {  # name: (object, its function, the wrapper of that function, the pr
     "a state read again is trained again": (Trajectory, "open_turn", lambda f: lambda self, policy: mark(self, f(self, policy), slice(0, 3), True), once),
     "the end of a turn is not trained": (Trajectory, "close_turn", lambda f: lambda self, *a, **k: mark(self, f(self, *a, **k), slice(-1, None), False), once),
     "what is read counts in the advantages": (mem1, "recorded", lambda f: lambda trajs, name: [x for t in trajs for b in t.branches for x in getattr(b, name)], once),
-    "what was written goes through text": (Trajectory, "close_turn", lambda f: lambda self, ids, *a, **k: f(self, ENC.encode(ENC.decode(ids), allowed_special="all"), *a, **k),
+    "what was written goes through text": (Trajectory, "close_turn", lambda f: lambda self, ids, *a, **k: f(self, ENC.encoding.encode(ENC.decode(ids), allowed_special="all"), *a, **k),
         lambda: test_tokens_go_from_the_sampler_to_the_learner_without_a_detour_through_text()),
     "packing uses its input up": (mem1, "pack", lambda f: lambda trajs, *a, **k: used_up(f(trajs, *a, **k), trajs), lambda: test_packing_leaves_its_input_as_it_was()),
     "an episode is paid the reward of its neighbour": (mem1, "rollout", lambda f: lambda *a, **k: rotate_worlds(f(*a, **k)),

@@ -26,6 +26,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,6 +65,9 @@ class Config:
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
+    kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some are about earlier answers
+    facts: str = ""  # a file of facts to ask about (TSV or JSONL: subject, relation, object), instead of an invented world
+    skip_bad_facts: bool = False  # pass over its bad lines instead of stopping there
     distractors: int = 2  # facts on the same subject that are not asked for
     top_k: int = 3  # facts a search returns
     # model
@@ -131,12 +135,12 @@ def rng(seed, stage, step, episode, what=0):
 def world(cfg, seed, stage, step, episode, n_objectives=None, **kwargs):
     """The environment of one training or validation episode; its number of objectives drawn if not given."""
     n = n_objectives or int(rng(seed, stage, step, episode, 1).integers(cfg.objectives[0], cfg.objectives[1] + 1))
-    return envs.ComposedQA(n, tuple(cfg.hops), cfg.distractors, cfg.top_k, [seed, stage, step, episode, 0], **kwargs)
+    return envs.make(cfg, n, [seed, stage, step, episode, 0], **kwargs)
 
 
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory of one branch of which the answers are trained."""
-    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest)
+    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest, envs.words_of(cfg))
     branch = Branch()
     for words, learn in answer:
         branch.extend(ENC.encode_ordinary(words), trained=learn)
@@ -315,6 +319,7 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
 def run(rank, world_size, cfg):
     """Every process runs this; rank 0 alone prints and writes."""
     torch.set_num_threads(cfg.threads)
+    ENC.add(envs.words_of(cfg))
     if world_size > 1:
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", rank=rank, world_size=world_size)
     if cfg.device == "cuda":
@@ -457,6 +462,8 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
+    if cfg.facts and Path(cfg.facts).resolve().parent != out.resolve():  # the run keeps a copy: its vocabulary must not change
+        cfg.facts = shutil.copy(cfg.facts, out)
     if cfg.sweep:
         return sweep(cfg, given)
     if "RANK" in os.environ:  # under torchrun
@@ -546,7 +553,7 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES))
+    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS)
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -598,17 +605,26 @@ def check(cfg, error):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least 1")
     if cfg.n_embd % (2 * cfg.n_head):
         error(f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
-    if cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0:
+    try:
+        told = envs.read_facts(cfg.facts, cfg.skip_bad_facts)[1] if cfg.facts else []
+    except (OSError, ValueError) as problem:
+        error(f"--facts: {problem}")
+    for line in told:
+        print(f"{cfg.facts}: {line}")
+    if cfg.hops[1] > len(envs.COLONS):
+        error(f"--hops {cfg.hops}: expected at most {len(envs.COLONS)}")
+    if not cfg.facts and (cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0):
         error(f"--hops {cfg.hops} --distractors {cfg.distractors}: the world has {len(envs.RELATIONS)} relations in all")
-    farthest, processes = envs.farthest(cfg.hops), 1 if cfg.sweep else cfg.nproc
+    farthest, processes = envs.farthest(cfg), 1 if cfg.sweep else cfg.nproc
     for name in "objectives", "eval_objectives":
         if not all(1 <= n <= farthest for n in getattr(cfg, name)):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
         if getattr(cfg, name) < processes:
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {processes} processes (--nproc)")
-    if len({*cfg.agents}) < len(cfg.agents):
-        error(f"--agents {' '.join(cfg.agents)}: expected each only once")
+    for name in "agents", "kinds":
+        if len({*getattr(cfg, name)}) < len(getattr(cfg, name)):
+            error(f"--{name} {' '.join(getattr(cfg, name))}: expected each only once")
     if cfg.sweep < 0:
         error(f"--sweep {cfg.sweep}: expected the number of seeds, e.g. --sweep 3")
     if cfg.start and not cfg.resume:
