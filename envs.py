@@ -70,7 +70,8 @@ class ComposedQA:
     facts         None: a world invented for this episode alone; else Facts, see read_facts()
     asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
 
-    After the last step: `em` and `f1` are sums over objectives (0..N), `cause` says what ended it.
+    After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it,
+    and `gains` has half of the share of the facts that are needed which came to light in each turn.
     """
 
     def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",), facts=None, asked_for=None):
@@ -80,7 +81,7 @@ class ComposedQA:
         rng = np.random.default_rng(seed)
         self.n_objectives, self.top_k = n_objectives, top_k
         self.max_turns = max_turns or hops[1] * n_objectives + 2
-        self.turn, self.done, self.cause, self.em, self.f1 = 0, False, None, 0, 0.0
+        self.turn, self.done, self.cause, self.em, self.f1, self.partial = 0, False, None, 0, 0.0, 0
 
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # a random start: see every index in training
         indices = INDICES[first : first + n_objectives]
@@ -93,8 +94,9 @@ class ComposedQA:
             self._search = facts.search
         self.facts = self._search.facts
         self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
-        self.finals = {index: " ".join(last) for index, (*_, last) in zip(indices, questions)}  # the fact that answers each question
-        self.golds = [(index, last[2]) for index, (*_, last) in zip(indices, questions)]
+        self.finals = {index: path[-1] for index, (*_, path) in zip(indices, questions)}  # the fact that answers each question
+        self.golds = [(index, path[-1].split()[2]) for index, (*_, path) in zip(indices, questions)]
+        self.needed, self.shown, self.gains = {fact for *_, path in questions for fact in path}, set(), []
         self.prompt = " " + " ".join([*self.questions, STOP])
 
     def step(self, kind, text):
@@ -106,11 +108,15 @@ class ComposedQA:
         assert not self.done, "step() after the end of the episode"
         self.turn += 1
         left = self.max_turns - self.turn
+        before = len(self.shown)
+        found = self.search(text) if kind == "query" and left > 0 else []
+        self.shown |= self.needed & set(found)
+        self.gains.append(0.5 * (len(self.shown) - before) / len(self.needed))
         if kind == "query" and left > 0:
-            return f" left={left}{' answer now' if left == 1 else ''} {', '.join(self.search(text)) or 'nothing found'}"
+            return f" left={left}{' answer now' if left == 1 else ''} {', '.join(found) or 'nothing found'}"
         self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
         if kind == "answer":
-            self.em, self.f1 = score(text, self.golds)
+            self.em, self.f1, self.partial = score(text, self.golds)
         return ""
 
     def search(self, query):
@@ -118,7 +124,7 @@ class ComposedQA:
 
 
 def invent(indices, hops, distractors, chained, rng):
-    """A world of its own: questions [(subject, relations, the fact that answers), ...] and all facts [(subject, relation, object), ...]."""
+    """A world of its own: questions [(subject, relations, the facts that lead to the answer), ...], all facts [(subject, relation, object), ...]."""
     n, names = len(indices), iter(map(str, rng.permutation(NAMES)))  # a name is the subject of one chain only
     earlier = {}  # question -> the earlier one whose answer is its subject; an answer is taken up once at most
     for i in range(1, n) if chained else ():
@@ -129,14 +135,15 @@ def invent(indices, hops, distractors, chained, rng):
     for i in range(n):
         relations = [str(r) for r in rng.permutation(RELATIONS)]
         chain, others = relations[: rng.integers(hops[0], hops[1] + 1)], relations[hops[1] :]
-        subject = questions[earlier[i]][2][2] if i in earlier else next(names)
-        start = indices[earlier[i]] if i in earlier else subject
+        subject = questions[earlier[i]][2][-1].split()[2] if i in earlier else next(names)
+        start, path = indices[earlier[i]] if i in earlier else subject, []
         for j, relation in enumerate(chain):
             answer = str(rng.choice(NAMES)) if j == len(chain) - 1 and i not in earlier.values() else next(names)
             triples.append((subject, relation, answer))
             triples += [(subject, str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
+            path.append(f"{subject} {relation} {answer}")
             subject = answer
-        questions.append((start, chain, (*triples[-distractors - 1][:2], answer)))
+        questions.append((start, chain, path))
     return questions, [triples[i] for i in rng.permutation(len(triples))]
 
 
@@ -185,32 +192,29 @@ class Facts:
         self.subjects = sorted(self.known)
 
     def draw(self, n, hops, rng):
-        """n questions on different subjects, as far as there are so many: [(subject, relations, the fact that answers), ...]."""
-        subjects = itertools.chain(rng.permutation(self.subjects), iter(lambda: rng.choice(self.subjects), None))
+        """n questions on different subjects, as far as there are so many: [(subject, relations, the facts that lead to the answer), ...]."""
+        subjects = itertools.chain(map(str, rng.permutation(self.subjects)), iter(lambda: str(rng.choice(self.subjects)), None))
         questions = []
         while len(questions) < n:
-            start, relations = str(next(subjects)), []
-            subject = start
+            start = subject = next(subjects)
+            relations = []
             for _ in range(rng.integers(hops[0], hops[1] + 1)):
                 onward = [r for r in self.known.get(subject, {}) if r not in relations]
-                if not onward:
-                    break
-                relations.append(str(rng.choice(onward)))
-                last = subject, relations[-1], self.known[subject][relations[-1]]
-                subject = last[2]
-            if len(relations) >= hops[0] or len(questions) + len(self.subjects) < n:
-                questions.append((start, relations, last))
+                if onward:
+                    relations.append(str(rng.choice(onward)))
+                    subject = self.known[subject][relations[-1]]
+            questions.append(self.follow(start, relations))
         return questions
 
     def follow(self, subject, relations):
-        """The question with the fact that answers it. ValueError if there is none, or several."""
-        start = subject
+        """The question with the facts that lead to its answer. ValueError if there is no fact, or several."""
+        start, path = subject, []
         for relation in relations:
             if relation not in self.known.get(subject, {}):
                 raise ValueError(f"there is no one fact `{subject} {relation}`; known of it: {', '.join(self.known.get(subject, {})) or 'nothing'}")
-            last = subject, relation, self.known[subject][relation]
-            subject = last[2]
-        return start, relations, last
+            path.append(f"{subject} {relation} {self.known[subject][relation]}")
+            subject = self.known[subject][relation]
+        return start, relations, path
 
     def parse(self, text):
         """`new zealand capital river` -> ("New_Zealand", ["capital", "river"]): known names, the longest that fit, in any case."""
@@ -298,13 +302,13 @@ def words(text):
 
 
 def score(text, golds):
-    """EM and F1 of an answer, summed over the objectives (MEM1 app. A.4): (int 0..N, float 0..N).
+    """EM, F1 and partial matches of an answer, summed over the objectives (MEM1 app. A.4): (int, float, int), each 0..N.
 
     The answer is a list of `#index words`. What stands before the first index counts for nothing;
-    of an index that occurs twice the first counts.
+    of an index that occurs twice the first counts. A match is partial if one of the two contains the other.
 
     >>> score("#7 dabo #8 kilu mose", [("#7", "dabo"), ("#8", "kilu"), ("#9", "tifa")])
-    (1, 1.6666666666666665)
+    (1, 1.6666666666666665, 2)
     """
     given, entry = {}, []
     for word in words(text):
@@ -312,13 +316,24 @@ def score(text, golds):
             entry = [] if word in given else given.setdefault(word, [])
         else:
             entry.append(word)
-    em, f1 = 0, 0.0
+    em, f1, partial = 0, 0.0, 0
     for index, gold in golds:
         got, want = given.get(index, []), words(gold)
         common = sum(min(got.count(w), want.count(w)) for w in set(want))
         em += got == want
         f1 += 2 * common / (len(got) + len(want))
-    return em, f1
+        partial += bool(got) and (" ".join(got) in " ".join(want) or " ".join(want) in " ".join(got))
+    return em, f1, partial
+
+
+REWARDS = {  # of an episode that is over: what its last turn earns. In "step" the turns before earn as well, see ComposedQA.gains
+    "em": lambda env: env.em / env.n_objectives,
+    "f1": lambda env: env.f1 / env.n_objectives,
+    "partial": lambda env: env.partial / env.n_objectives,
+    "all": lambda env: float(env.em == env.n_objectives),
+    "format": lambda env: env.em / env.n_objectives + 0.2 * (env.cause == "answered"),
+    "step": lambda env: env.em / env.n_objectives,
+}
 
 
 def demonstrator(prompt, seen="", amnesic=False, style="whole"):

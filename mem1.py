@@ -171,6 +171,12 @@ class Trajectory:
         """Share of the objectives answered exactly: the paper's EM count, scaled to 0..1."""
         return self.env.em / self.env.n_objectives
 
+    def rewards(self, kind="em"):
+        """What each turn earned, for the learner, by one of envs.REWARDS."""
+        values = list(self.env.gains) if kind == "step" else [0.0] * len(self.turns)
+        values[-1] += envs.REWARDS[kind](self.env)
+        return values
+
     @property
     def peak(self):
         """Most tokens in context over the turns, task not counted (MEM1 app. A.4)."""

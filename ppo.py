@@ -13,17 +13,18 @@ optimiser step in all processes, so that no split into micro-batches or processe
 import torch
 
 
-def token_rewards(reward, last, old_logp, ref_logp, kl_coef):
-    """Reward of each token (M,): a price for leaving the reference policy, and at the end the episode's reward.
+def token_rewards(reward, ends, old_logp, ref_logp, kl_coef):
+    """Reward of each token (M,): a price for leaving the reference policy, and at the end of a turn what it earned.
 
-    r_t = [t is last] R - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
+    r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
     The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the reward
     its gradient is that of the KL (Schulman 2020, joschu.net/blog/kl-approx.html; MEM1 clamps it, which
-    is biased). reward (E,), an entry an episode, in the order of `last`.
+    is biased). reward (J,), an entry a turn, and ends (M,), True at the last token of each, in the same order. As
+    a rule only the last turn of an episode earns anything.
     """
     rewards = -kl_coef * (old_logp - ref_logp)  # (M,)
-    rewards[last] += reward
+    rewards[ends] += reward
     return rewards
 
 

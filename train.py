@@ -95,6 +95,7 @@ class Config:
     primer_coef: float = 0.3  # their weight
     ppo_lr: float = 2e-4
     layout: str = "tree"  # how PPO sees what mem1 did: tree, stitched or released (mem1.py: the last two are not exact)
+    reward: str = "em"  # em, f1, partial: share of the questions answered so; all: all or nothing; step: for needed facts found too; format
     clip: float = 0.2  # of the ratio, and of the value's move
     kl_coef: float = 0.02  # price of leaving the demos policy, nats a token
     value_coef: float = 0.1  # weight of the value loss: the trunk is shared
@@ -241,7 +242,7 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     n = count(packs, cfg)
     # The critic learns from the demonstrator's returns, so that PPO starts with one (value pretraining, arXiv
     # 2503.01491). Exercises earn nothing; weight 0 rather than none, since DDP waits for the value head's gradient.
-    earned = torch.tensor([[traj.reward, cfg.value_coef] if traj.env else [0.0, 0.0] for traj in trajs], device=cfg.device)  # (E, 2)
+    earned = torch.tensor([[sum(traj.rewards(cfg.reward)), cfg.value_coef] if traj.env else [0.0, 0.0] for traj in trajs], device=cfg.device)  # (E, 2)
     lengths = torch.tensor([traj.n_trained for traj in trajs], device=cfg.device)  # (E,)
     ret, weight = earned.repeat_interleave(lengths, 0).unbind(-1)  # each (M,)
     summed = torch.zeros(1, device=cfg.device)
@@ -274,8 +275,10 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             ref_logp[batch.index] = evaluate(reference, batch)[0]
             if cfg.layout != "tree":  # as in the paper's code: not what acted, but what the learner now says of it
                 old_logp[batch.index], old_value[batch.index] = evaluate(model, batch)[:2]
-    reward = torch.tensor([traj.reward for traj in trajs], device=cfg.device)  # (E,)
-    rewards = ppo.token_rewards(reward, last, old_logp, ref_logp, cfg.kl_coef)
+    reward = torch.tensor([x for traj in trajs for x in traj.rewards(cfg.reward)], device=cfg.device)  # (J,) a turn
+    ends = torch.zeros_like(last)  # (M,)
+    ends[torch.tensor([len(turn.written) for traj in trajs for turn in traj.turns]).cumsum(0) - 1] = True
+    rewards = ppo.token_rewards(reward, ends, old_logp, ref_logp, cfg.kl_coef)
     adv, ret = ppo.gae(rewards, old_value, last, cfg.gamma, cfg.lam)
     adv = ppo.whiten(adv, total)
 
@@ -553,7 +556,7 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS)
+    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=list(envs.REWARDS))
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
