@@ -48,7 +48,7 @@ STOP = "."  # ends the list of questions, where otherwise the next index would s
 SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
 WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "answer", "now", "nothing", "found"]
 
-KINDS = ["list", "chain"]  # of tasks, see ComposedQA
+KINDS = ["list", "chain", "count", "compare"]  # of tasks, see ComposedQA
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # a name: of any script, without white space and ASCII punctuation (but for _)
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -65,8 +65,10 @@ class ComposedQA:
     seed          anything that numpy's SeedSequence takes; the same seed gives the same episode
     max_turns     turn budget, answer included; None: longest chain x N + 2
     kinds         of tasks, one drawn for each episode:
-                      list   independent questions
-                      chain  of half of them the subject is an earlier answer: `#65 : #64 pupil`
+                      list     independent questions, all answers are due at the end
+                      chain    of half of them the subject is an earlier answer: `#65 : #64 pupil`
+                      count    `count #17 jelo`: go on from #17, one further for each answer that is jelo
+                      compare  the answers are numbers: the index of the question with the largest
     facts         None: a world invented for this episode alone; else Facts, see read_facts()
     asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
 
@@ -87,17 +89,18 @@ class ComposedQA:
         indices = INDICES[first : first + n_objectives]
         kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
         if facts is None:
-            questions, triples = invent(indices, hops, distractors, kind == "chain", rng)
+            head, questions, triples = invent(indices, hops, distractors, kind, rng)
             self._search = Search(triples)
         else:
             questions = [facts.follow(*question) for question in asked_for] if asked_for else facts.draw(n_objectives, hops, rng)
-            self._search = facts.search
+            self._search, head = facts.search, []
         self.facts = self._search.facts
         self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
         self.finals = {index: path[-1] for index, (*_, path) in zip(indices, questions)}  # the fact that answers each question
         self.golds = [(index, path[-1].split()[2]) for index, (*_, path) in zip(indices, questions)]
         self.needed, self.shown, self.gains = {fact for *_, path in questions for fact in path}, set(), []
-        self.prompt = " " + " ".join([*self.questions, STOP])
+        self.prompt = " " + " ".join([*head, *self.questions, STOP])
+        self.tally = functools.reduce(lambda tally, gold: fold(head, tally, *gold), self.golds, start_of(head))
 
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string at all. Returns the observation.
@@ -117,20 +120,30 @@ class ComposedQA:
         self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
         if kind == "answer":
             self.em, self.f1, self.partial = score(text, self.golds)
+        if kind == "answer" and self.tally:  # one word for all objectives
+            self.em = self.f1 = self.partial = self.n_objectives * (words(text) == self.tally.split()[:1])
         return ""
 
     def search(self, query):
         return self._search(query, self.top_k)
 
 
-def invent(indices, hops, distractors, chained, rng):
-    """A world of its own: questions [(subject, relations, the facts that lead to the answer), ...], all facts [(subject, relation, object), ...]."""
+def invent(indices, hops, distractors, kind, rng):
+    """A world of its own: head of the task [word, ...], questions [(subject, relations, the facts that lead to the answer), ...],
+    all facts [(subject, relation, object), ...]."""
     n, names = len(indices), iter(map(str, rng.permutation(NAMES)))  # a name is the subject of one chain only
-    earlier = {}  # question -> the earlier one whose answer is its subject; an answer is taken up once at most
-    for i in range(1, n) if chained else ():
-        free = sorted({*range(i)} - {*earlier.values()})
-        if rng.random() < 0.5:
-            earlier[i] = int(rng.choice(free))
+    head, earlier, draw = [], {}, lambda: str(rng.choice(NAMES))
+    if kind == "chain":
+        for i in range(1, n):
+            free = sorted({*range(i)} - {*earlier.values()})
+            if rng.random() < 0.5:
+                earlier[i] = int(rng.choice(free))  # the question whose answer is its subject; an answer is taken up once at most
+    elif kind == "count":
+        head = ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(NAMES))]
+        draw = lambda: head[2] if rng.random() < 0.5 else str(rng.choice(NAMES))
+    elif kind == "compare":
+        head, numbers = ["compare"], iter(rng.permutation(INDICES))
+        draw = lambda: str(next(numbers))
     questions, triples = [], []
     for i in range(n):
         relations = [str(r) for r in rng.permutation(RELATIONS)]
@@ -138,13 +151,31 @@ def invent(indices, hops, distractors, chained, rng):
         subject = questions[earlier[i]][2][-1].split()[2] if i in earlier else next(names)
         start, path = indices[earlier[i]] if i in earlier else subject, []
         for j, relation in enumerate(chain):
-            answer = str(rng.choice(NAMES)) if j == len(chain) - 1 and i not in earlier.values() else next(names)
+            answer = draw() if j == len(chain) - 1 and i not in earlier.values() else next(names)
             triples.append((subject, relation, answer))
             triples += [(subject, str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
             path.append(f"{subject} {relation} {answer}")
             subject = answer
         questions.append((start, chain, path))
-    return questions, [triples[i] for i in rng.permutation(len(triples))]
+    return head, questions, [triples[i] for i in rng.permutation(len(triples))]
+
+
+def start_of(head):
+    """What is known before the first answer, in a task whose answers are reduced to one word; "" in any other."""
+    return head[1] if head[:1] == ["count"] else ""
+
+
+def fold(head, tally, index, answer):
+    """One answer more: what is to be kept of it and all before, a word or two, however many they are. "" if that is not enough.
+
+    >>> fold(["count", "#17", "jelo"], "#18", "#65", "jelo"), fold(["compare"], "#64 #20", "#65", "#31"), fold([], "", "#65", "jelo")
+    ('#19', '#65 #31', '')
+    """
+    if head[:1] == ["count"]:
+        return f"#{int(tally[1:]) + (answer == head[2])}"
+    if head[:1] == ["compare"] and answer.startswith("#"):
+        return f"{index} {answer}" if not tally or int(answer[1:]) > int(tally.split()[-1][1:]) else tally
+    return tally
 
 
 class Search:
@@ -279,8 +310,8 @@ def make(world, n_objectives, seed, max_turns=None):
 
 
 def words_of(world):
-    """The words that this world has besides WORDS: names and relations of a file."""
-    return read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else []
+    """The words that this world has besides WORDS: names and relations of a file, and what its kinds of tasks begin with."""
+    return [*({"count", "compare"} & {*world.kinds}), *(read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else [])]
 
 
 def farthest(world):
@@ -364,20 +395,25 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     answers = dict(re.findall(ENTRY, seen))
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     index, subject, relations, then = at_hand(seen, query, questions, following, answers)
+    head = re.match(rf"(?: count #\d+ {WORD}| compare)?", prompt)[0].split()
+    kept = re.findall(r"; ((?:#\d+ ?)*?) ?(?:#\d+ :|<query>)", seen)
+    tally = kept[-1].strip() if head and kept and not amnesic else ""
+    tally = tally or start_of(head)
     if amnesic:
         answers = dict([*answers.items()][-1:]) if style == "apart" else {}
 
-    found = re.findall(rf"(?<!\S){re.escape(subject)} {re.escape(relations[0])} {WORD}", info)[:1] if query and relations else []
+    found = re.findall(rf"(?<!\S){re.escape(subject)} {re.escape(relations[0])} #?{WORD}", info)[:1] if query and relations else []
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
     fresh, due = {}, "answer now" in info
     if due or not relations:  # this question is done with: the next
         if index in questions:
             answers[index] = fresh[index] = subject
+            tally = fold(head, tally, index, subject)
         index, subject, relations, then = take_up(then, questions, following, answers)
     if due or not relations:  # there is no other
-        return " ".join([*found, STOP]), "answer", entries(answers)
-    question, memory = [index, *asked(subject, relations), then], entries(fresh if style == "fresh" else answers)
+        return " ".join([*found, STOP]), "answer", tally.split()[0] if tally else entries(answers)
+    question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
     parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]
     return " ".join(filter(None, [*found, *parts])), "query", f"{subject} {relations[0]}"
 

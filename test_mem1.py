@@ -518,6 +518,25 @@ def test_a_chained_question_needs_the_answer_of_an_earlier_one(n):
     assert 0.15 < chained / (20 * n) < 0.6
 
 
+@pytest.mark.parametrize("kind", ["count", "compare"])
+def test_of_a_task_that_is_reduced_to_one_word_the_state_stays_constant(kind):
+    play_ = lambda n, seed, **kwargs: demonstrate(envs.ComposedQA(n, kinds=(kind,), seed=seed), mem1.mem1, **kwargs)
+    for n in 1, 2, 16, 64:
+        assert all(play_(n, seed).env.em == n for seed in range(5))
+    size = lambda kind, n: max(len(turn.state) for turn in demonstrate(envs.ComposedQA(n, hops=(2, 2), kinds=(kind,), seed=0), mem1.mem1).turns)
+    assert size(kind, 4) == size(kind, 64) and size("list", 64) > size("list", 4) + 60  # control
+    assert sum(play_(8, seed, amnesic=True).env.em > 0 for seed in range(40)) < 20  # by luck only
+    env = envs.ComposedQA(5, kinds=(kind,), seed=3)
+    numbers = [gold for _, gold in env.golds]
+    start, word = (env.prompt.split()[1:3]) if kind == "count" else (None, None)
+    right = f"#{int(start[1:]) + numbers.count(word)}" if kind == "count" else env.golds[int(np.argmax([int(x[1:]) for x in numbers]))][0]
+    env.step("answer", f" {right}")
+    assert env.em == 5
+    env = envs.ComposedQA(5, kinds=(kind,), seed=3)
+    env.step("answer", f" {right} {right}")
+    assert env.em == 0
+
+
 def test_a_file_of_facts_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
     good = "São Tomé\tcapital\tSão Tomé\n# a comment\n\n东京\triver\tSumida\nहिन्दी\tscript\tदेवनागरी\n"
     for name, text, words in (("a.tsv", good + "just one\n", "line 6 is 'just one'"), ("b.tsv", good + "a\tb\t?!\n", "line 6"),
@@ -578,13 +597,14 @@ def test_the_demonstrator_knows_no_more_than_its_context_holds():
 
 @given(st.lists(st.one_of(st.sampled_from(["<IS>", "<query>", "<answer>", "<end>", "<info>", ";", ":", "::", ".", "left=3", "answer now", "#64", "#65", "#9",
                                            "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "<query>(( *<end><info> x", "#64 : jelo pupil #65"]), st.text(max_size=4))),
-       st.booleans(), st.sampled_from(["whole", "fresh", "apart"]))
-@example(["<query> (( pupil<end><info> left=3"], False, "apart")
-@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "apart")
-def test_the_demonstrator_has_something_to_write_whatever_it_sees(parts, amnesic, style):
-    state, kind, text = envs.demonstrator(" #64 : jelo pupil #65 :: milu pupil neighbour .", " ".join(parts), amnesic, style)
+       st.booleans(), st.sampled_from(["whole", "fresh", "apart"]), st.sampled_from(["", " count #17 jelo", " compare"]))
+@example(["<query> (( pupil<end><info> left=3"], False, "apart", "")
+@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "apart", "")
+@example(["; #64 #65 : jelo pupil #65<query> jelo pupil<end><info> left=3 jelo pupil #9"], False, "whole", " compare")
+def test_the_demonstrator_has_something_to_write_whatever_it_sees(parts, amnesic, style, head):
+    state, kind, text = envs.demonstrator(head + " #64 : jelo pupil #65 :: milu pupil neighbour .", " ".join(parts), amnesic, style)
     assert kind in ("query", "answer") and "<" not in state + text and (kind == "answer" or len(text.split()) >= 2)
-    assert kind == "query" or re.fullmatch(r"((^| )#\d+ \w+)*", text)
+    assert kind == "query" or re.fullmatch(r"#\d+|((^| )#\d+ #?\w+)*", text)
 
 
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
@@ -984,7 +1004,8 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
-    (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
+    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "list only"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():

@@ -65,7 +65,7 @@ class Config:
     # world
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some are about earlier answers
+    kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some about earlier answers; count and compare, one word answers all
     facts: str = ""  # a file of facts to ask about (TSV or JSONL: subject, relation, object), instead of an invented world
     skip_bad_facts: bool = False  # pass over its bad lines instead of stopping there
     distractors: int = 2  # facts on the same subject that are not asked for
@@ -612,6 +612,8 @@ def check(cfg, error):
         told = envs.read_facts(cfg.facts, cfg.skip_bad_facts)[1] if cfg.facts else []
     except (OSError, ValueError) as problem:
         error(f"--facts: {problem}")
+    if cfg.facts and [*cfg.kinds] != ["list"]:
+        error(f"--kinds {' '.join(cfg.kinds)} --facts: about a file there are tasks of the kind list only; leave one away")
     for line in told:
         print(f"{cfg.facts}: {line}")
     if cfg.hops[1] > len(envs.COLONS):
