@@ -390,15 +390,12 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    questions = {index: (subject, relations.split()) for index, subject, relations in re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)", prompt)}
-    following = dict(zip(["", *questions], [*questions, STOP]))  # each index to the next, "" to the first, the last to `.`
+    head, questions = read_task(prompt)
     answers = dict(re.findall(ENTRY, seen))
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
-    index, subject, relations, then = at_hand(seen, query, questions, following, answers)
-    head = re.match(rf"(?: count #\d+ {WORD}| compare)?", prompt)[0].split()
-    kept = re.findall(r"; ((?:#\d+ ?)*?) ?(?:#\d+ :|<query>)", seen)
-    tally = kept[-1].strip() if head and kept and not amnesic else ""
-    tally = tally or start_of(head)
+    index, subject, relations, then = at_hand(questions, seen, query, answers)
+    tally = re.findall(r"; ((?:#\d+ ?)*?) ?(?:#\d+ :|<query>)", seen)[-1:] if head and not amnesic else []
+    tally = "".join(tally).strip() or start_of(head)
     if amnesic:
         answers = dict([*answers.items()][-1:]) if style == "apart" else {}
 
@@ -407,10 +404,9 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
         subject, relations = found[0].split()[-1], relations[1:]
     fresh, due = {}, "answer now" in info
     if due or not relations:  # this question is done with: the next
-        if index in questions:
-            answers[index] = fresh[index] = subject
-            tally = fold(head, tally, index, subject)
-        index, subject, relations, then = take_up(then, questions, following, answers)
+        answers[index] = fresh[index] = subject
+        tally = fold(head, tally, index, subject)
+        index, subject, relations, then = take_up(questions, then, answers)
     if due or not relations:  # there is no other
         return " ".join([*found, STOP]), "answer", tally.split()[0] if tally else entries(answers)
     question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
@@ -418,39 +414,43 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     return " ".join(filter(None, [*found, *parts])), "query", f"{subject} {relations[0]}"
 
 
-def at_hand(seen, query, questions, following, answers):
+def read_task(prompt):
+    """A task as text -> (head [word, ...], questions [(index, subject, relations, next index), ...])."""
+    head = re.match(rf"(?: count #\d+ {WORD}| compare)?", prompt)[0].split()
+    questions = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
+    return head, [(index, subject, relations.split(), then) for index, subject, relations, then in questions]
+
+
+def at_hand(questions, seen, query, answers):
     """Which question the last turn was about, as far as it was open then: (index, subject, relations, next index).
 
     The last state says it. If no state is kept, it follows from the query: it asks for a question's subject, or
     for what the one after the last answer has led to. Else that one begins anew.
     """
-    stated = re.findall(OPEN, seen)
-    if stated:
+    if stated := re.findall(OPEN, seen):
         index, subject, relations, then = stated[-1]
         return index, subject, relations.split(), then
     subject, relation = (query.split() + ["", ""])[:2]
-    after = following[["", *(i for i in answers if i in questions)][-1]]
-    begun = next((i for i in questions if answers.get(questions[i][0], questions[i][0]) == subject), after)
-    index, start, relations, then = take_up(begun, questions, following, answers)
+    begun = [index for index, start, *_ in questions if answers.get(start, start) == subject]
+    after = [then for index, *_, then in questions if index in answers] or [questions[0][0]]
+    index, start, relations, then = take_up(questions, (begun or after[-1:])[0], answers)
     if relation in relations:
         return index, subject, relations[relations.index(relation) :], then
     return index, start, relations, then
 
 
-def take_up(index, questions, following, answers):
+def take_up(questions, index, answers):
     """The question `index`, or the next one that can be asked: one about an earlier answer needs that answer."""
-    while index in questions:
-        subject, relations = questions[index]
+    for index, subject, relations, then in itertools.dropwhile(lambda question: question[0] != index, questions):
         subject = answers.get(subject, subject)
         if not subject.startswith("#"):
-            return index, subject, relations, following[index]
-        index = following[index]
-    return index, "", [], ""
+            return index, subject, relations, then
+    return "", "", [], ""
 
 
 def entries(answers):
     """`#64 jero #65 veba`"""
-    return " ".join(f"{index} {answer}" for index, answer in answers.items())
+    return " ".join(f"{index} {answer}" for index, answer in answers.items() if index)
 
 
 def primer(rng, longest, more=()):
