@@ -90,11 +90,11 @@ class ComposedQA:
         kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
         if facts is None:
             head, questions, triples = invent(indices, hops, distractors, kind, rng)
-            self._search = Search(triples)
+            self._search = Search(about(triples))
         else:
             questions = [facts.follow(*question) for question in asked_for] if asked_for else facts.draw(n_objectives, hops, rng)
             self._search, head = facts.search, []
-        self.facts = self._search.facts
+        self.facts = self._search.texts
         self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
         self.finals = {index: path[-1] for index, (*_, path) in zip(indices, questions)}  # the fact that answers each question
         self.golds = [(index, path[-1].split()[2]) for index, (*_, path) in zip(indices, questions)]
@@ -113,7 +113,7 @@ class ComposedQA:
         left = self.max_turns - self.turn
         before = len(self.shown)
         found = self.search(text) if kind == "query" and left > 0 else []
-        self.shown |= self.needed & set(found)
+        self.shown |= {fact for fact in self.needed if any(fact in text for text in found)}
         self.gains.append(0.5 * (len(self.shown) - before) / len(self.needed))
         if kind == "query" and left > 0:
             return f" left={left}{' answer now' if left == 1 else ''} {', '.join(found) or 'nothing found'}"
@@ -126,6 +126,10 @@ class ComposedQA:
 
     def search(self, query):
         return self._search(query, self.top_k)
+
+    def expert(self, seen, amnesic=False, style="whole"):
+        """What the demonstrator would write: it sees what the agent sees, no more."""
+        return demonstrator(self.prompt, seen, amnesic, style)
 
 
 def invent(indices, hops, distractors, kind, rng):
@@ -179,15 +183,14 @@ def fold(head, tally, index, answer):
 
 
 class Search:
-    """BM25 (k1 1.2, b 0, since facts are of equal length) of every word in every fact (subject, relation, object).
+    """BM25 (k1 1.2, b 0, since pages are of about equal length) over pages [(title, text), ...].
 
-    A fact is a page whose title is its subject, so the subject counts twice: the page *about* a name comes
-    before the pages that mention it.
+    What stands in the title counts again: the page *about* a name comes before the pages that mention it.
     """
 
-    def __init__(self, triples):
-        self.facts = [" ".join(triple) for triple in triples]
-        pages = [words(f"{subject} {subject} {relation} {thing}") for subject, relation, thing in triples]
+    def __init__(self, pages):
+        self.texts = [text for _, text in pages]
+        pages = [words(f"{title} {text}") for title, text in pages]
         df = {}
         for word in itertools.chain.from_iterable(map(set, pages)):
             df[word] = df.get(word, 0) + 1
@@ -198,7 +201,7 @@ class Search:
                 self.postings.setdefault(word, {})[i] = idf * tf * 2.2 / (tf + 1.2)
 
     def __call__(self, query, top_k):
-        """The facts that match `query` best, in the knowledge base's own (random) order.
+        """The texts that match `query` best, in the (random) order of the pages.
 
         Not in the order of their rank: the agent has to read what it got, not to take the first.
         """
@@ -207,14 +210,19 @@ class Search:
             for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
         best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
-        return [self.facts[page] for page in sorted(best)]
+        return [self.texts[page] for page in sorted(best)]
+
+
+def about(triples):
+    """Facts [(subject, relation, object), ...] as pages: each is one, with its subject as title."""
+    return [(triple[0], " ".join(triple)) for triple in triples]
 
 
 class Facts:
     """A knowledge base from a file, shared by all episodes: its search tool, and questions about it."""
 
-    def __init__(self, triples):
-        self.search, self.words = Search(triples), sorted({word for triple in triples for word in triple} - {*WORDS})
+    def __init__(self, triples, pages=None):
+        self.search, self.words = Search(pages or about(triples)), sorted({word for triple in triples for word in triple} - {*WORDS})
         self.known = {}  # subject -> {relation: object}, without those that have several
         several = {pair for pair, n in collections.Counter((s, r) for s, r, _ in triples).items() if n > 1}
         for s, r, o in triples:
@@ -305,13 +313,59 @@ def read_facts(path, skip_bad=False):
 
 def make(world, n_objectives, seed, max_turns=None):
     """The environment of an episode in the `world` of a configuration: all that a world is to the rest of the project."""
-    facts = read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None
-    return ComposedQA(n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds, facts)
+    settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds
+    if world.env == "web":
+        return WebQA(*settings)
+    return ComposedQA(*settings, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None)
 
 
 def words_of(world):
     """The words that this world has besides WORDS: names and relations of a file, and what its kinds of tasks begin with."""
     return [*({"count", "compare"} & {*world.kinds}), *(read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else [])]
+
+
+@functools.cache
+def corpus():
+    """A small web of which all episodes ask, as Facts: thousands of pages of prose, near-duplicates among them.
+
+    Some facts stand on the page of their subject only; what is found of them says to open it.
+    """
+    rng, triples, pages = np.random.default_rng(2506), [], []
+    say = ["they say that {}.", "{}, as of old.", "it is known: {}.", "{}, we hear.", "by all accounts {}."]
+    for subject in NAMES:
+        mine = [(subject, str(r), str(rng.choice(NAMES))) for r in rng.choice(RELATIONS, 6, replace=False)]
+        for triple in mine:
+            if rng.random() < 0.1:
+                pages.append((f"{subject} {triple[1]}", f"{subject}: of its {triple[1]} see page {subject}."))
+            else:
+                some = rng.choice(say, rng.integers(1, 4), replace=False)
+                pages += [(subject, f"{subject}: {form.format(' '.join(triple))}") for form in some]
+        triples += mine
+    return Facts(triples, [pages[i] for i in rng.permutation(len(pages))])
+
+
+class WebQA(ComposedQA):
+    """The same questions, asked of corpus() through a search engine that is as unreliable as real ones.
+
+    One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
+    """
+
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",)):
+        super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or 2 * hops[1] * n_objectives + 2, kinds, corpus())
+        self.luck, self.tried = np.random.default_rng([*np.ravel(seed), 1]), set()
+
+    def search(self, query):
+        if (query := " ".join(words(query)[:64])) not in self.tried:
+            self.tried.add(query)
+            if self.luck.random() < 0.1:
+                return []
+        if query.startswith("page "):
+            known = corpus().known.get(query.split()[1], {})
+            return [", ".join(f"{query.split()[1]} {r} {o}" for r, o in known.items())] if known else []
+        return super().search(query)
+
+
+ENVS = ["qa", "web"]
 
 
 def farthest(world):
@@ -411,7 +465,8 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
         return " ".join([*found, STOP]), "answer", tally.split()[0] if tally else entries(answers)
     question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
     parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]
-    return " ".join(filter(None, [*found, *parts])), "query", f"{subject} {relations[0]}"
+    query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
+    return " ".join(filter(None, [*found, *parts])), "query", query
 
 
 def read_task(prompt):

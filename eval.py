@@ -75,7 +75,7 @@ def measures(traj, policy):
     n, turns, env = len(traj.turns), traj.turns, traj.env
     return dict(
         em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=n, valid=traj.valid / n,
-        right=sum(turn.written == expert(env.prompt, policy, turns[:t]) for t, turn in enumerate(turns)) / n,
+        right=sum(turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)) / n,
         time=traj.seconds, kv_bytes=traj.kv_bytes, tokens=len(traj.task) + sum(len(branch.ids) for branch in traj.branches),
         state=max(len(turn.state) for turn in turns), query=max((len(turn.action) for turn in turns if turn.info), default=0),
         info=max(len(turn.info) for turn in turns), answer=len(turns[-1].action) if env.cause == "answered" else 0)
@@ -153,7 +153,7 @@ def slip(traj, policy):
     """Where an episode first left the way: (cause, turn, written, right), of the first turn that is not what the
     demonstrator would have written, given what the agent saw; None if there is no such turn."""
     for t, turn in enumerate(traj.turns):
-        right = expert(traj.env.prompt, policy, traj.turns[:t])
+        right = expert(traj.env, policy, traj.turns[:t])
         if turn.written != right and (cause := difference(turn.written, right)):
             return cause, t + 1, ENC.decode(turn.written), ENC.decode(right)
 
@@ -222,7 +222,7 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
             found = set()
             for t, turn in enumerate(traj.turns):
                 held, (kind, _, _, asked) = set(re.findall(envs.ENTRY, ENC.decode(turn.state))), parse(turn.written)
-                right = turn.written == expert(traj.env.prompt, policy, traj.turns[:t])
+                right = turn.written == expert(traj.env, policy, traj.turns[:t])
                 if kind == "query":
                     by_turn.setdefault(t + 1, []).append((len(found), len(found & held), right, len(turn.state)))
                 shown = re.findall(rf"{re.escape(asked.strip())} {envs.WORD}", ENC.decode(turn.info))
@@ -495,7 +495,7 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-ADDED_LATER = dict(kinds=("list",), facts="", skip_bad_facts=False)  # what the configuration of an older run does not say
+ADDED_LATER = dict(env="qa", kinds=("list",), facts="", skip_bad_facts=False)  # what the configuration of an older run does not say
 
 
 def load_run(path):
@@ -529,6 +529,7 @@ def main():
     parser.add_argument("--objectives", type=numbers, help="comma-separated horizons, e.g. 2,16; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
+    parser.add_argument("--env", choices=envs.ENVS, help="play in this world, trained for or not; default: the run's")
     parser.add_argument("--ask", metavar="TEXT", help='questions to an agent trained with --facts: "Japan capital; Peru continent"')
     parser.add_argument("--failures", action="store_true", help="why objectives were lost, by cause, instead of the table")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
@@ -563,6 +564,8 @@ def main():
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
+    if world and args.env:
+        world.env = args.env
     most = envs.farthest(world) if world else len(envs.INDICES)
     if args.objectives and max(args.objectives) > most:
         parser.error(f"--objectives {max(args.objectives)}: in the world of this run there are names for at most {most}")

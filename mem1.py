@@ -351,14 +351,14 @@ def demonstrate(env, policy, amnesic=False):
     traj = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)])
     while not env.done:
         traj.open_turn(policy)
-        traj.close_turn(expert(env.prompt, policy, traj.turns, amnesic))
+        traj.close_turn(expert(env, policy, traj.turns, amnesic))
     return traj
 
 
-def expert(prompt, policy, turns, amnesic=False):
+def expert(env, policy, turns, amnesic=False):
     """What the demonstrator would write after `turns`, as ids."""
     style = {separate: "apart", full: "fresh", window: "fresh", notes: "fresh"}.get(policy, "whole")
-    state, kind, text = envs.demonstrator(prompt, ENC.decode(policy(turns)) if turns else "", amnesic, style)
+    state, kind, text = env.expert(ENC.decode(policy(turns)) if turns else "", amnesic, style)
     encode = lambda words: ENC.encode_ordinary(" " + words if words else "")
     return [*encode(state), QUERY if kind == "query" else ANSWER, *encode(text), END]
 

@@ -537,6 +537,25 @@ def test_of_a_task_that_is_reduced_to_one_word_the_state_stays_constant(kind):
     assert env.em == 0
 
 
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_the_web_is_one_for_all_episodes_and_gives_what_is_needed_to_whoever_asks_twice(n):
+    assert len(envs.corpus().search.texts) > 2000 and envs.WebQA(n, seed=[1]).facts is envs.WebQA(n, seed=[2]).facts
+    missed = opened = 0
+    for seed in range(8):
+        for policy in mem1.mem1, mem1.full:
+            traj = demonstrate(envs.WebQA(n, seed=[seed]), policy)
+            assert traj.env.em == n and demonstrate(envs.WebQA(n, seed=[seed]), policy).turns == traj.turns  # the same seed, the same luck
+        texts = [ENC.decode(turn.action + turn.info) for turn in traj.turns]
+        missed, opened = missed + sum("nothing found" in text for text in texts), opened + sum("<query> page" in text for text in texts)
+        env = envs.WebQA(n, seed=[seed])
+        for fact in env.needed:
+            subject, relation, _ = fact.split()
+            found = [text for query in (f"{subject} {relation}", f"page {subject}") for _ in range(2) for text in env.search(query)]
+            assert any(fact in text for text in found)
+        assert [env.search(query) for query in ("page nobody", "page nobody", "page " * 10**5, "")][:2] == [[], []]
+    assert n < 16 or missed > 10 and opened > 10
+
+
 def test_a_file_of_facts_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
     good = "São Tomé\tcapital\tSão Tomé\n# a comment\n\n东京\triver\tSumida\nहिन्दी\tscript\tदेवनागरी\n"
     for name, text, words in (("a.tsv", good + "just one\n", "line 6 is 'just one'"), ("b.tsv", good + "a\tb\t?!\n", "line 6"),
@@ -548,7 +567,7 @@ def test_a_file_of_facts_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
     assert "line 6" in told[0] and facts.known == {"São_Tomé": {"capital": "São_Tomé"}, "东京": {"river": "Sumida"}, "हिन्दी": {"script": "देवनागरी"}}
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(dict(subject="x", relation="y", object=o)) + "\n" for o in ("1", "2", "1")) + '{"subject": "X", "relation": "z", "object": 3}\n')
     facts, _ = envs.read_facts(str(tmp_path / "f.jsonl"))
-    assert facts.known == {"X": {"z": "3"}} and len(facts.search.facts) == 3  # twice counts once; what is ambiguous is not asked for, but found
+    assert facts.known == {"X": {"z": "3"}} and len(facts.search.texts) == 3  # twice counts once; what is ambiguous is not asked for, but found
     assert set(facts.search("x y", 3)) >= {"x y 1", "x y 2"}
 
 
@@ -1005,7 +1024,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
     (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
-    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "list only"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "list only"), (["--env", "web", "--kinds", "chain"], "list only"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():

@@ -63,6 +63,7 @@ class Config:
     sweep: int = 0  # train every agent, and full context with twice the weights, from so many seeds; nproc runs side by side
     assets: str = "assets"  # where a sweep puts its results and figures
     # world
+    env: str = "qa"  # qa: a world invented for each episode; web: one corpus of prose for all, with an unreliable search engine
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
     kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some about earlier answers; count and compare, one word answers all
@@ -556,7 +557,7 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=list(envs.REWARDS))
+    choices = dict(preset=list(PRESETS), env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=list(envs.REWARDS))
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -612,8 +613,10 @@ def check(cfg, error):
         told = envs.read_facts(cfg.facts, cfg.skip_bad_facts)[1] if cfg.facts else []
     except (OSError, ValueError) as problem:
         error(f"--facts: {problem}")
-    if cfg.facts and [*cfg.kinds] != ["list"]:
-        error(f"--kinds {' '.join(cfg.kinds)} --facts: about a file there are tasks of the kind list only; leave one away")
+    if (cfg.facts or cfg.env != "qa") and [*cfg.kinds] != ["list"]:
+        error(f"--kinds {' '.join(cfg.kinds)}: in the web and about a file there are tasks of the kind list only; leave one away")
+    if cfg.facts and cfg.env != "qa":
+        error(f"--facts {cfg.facts} --env {cfg.env}: a file of facts is asked about in --env qa; leave one away")
     for line in told:
         print(f"{cfg.facts}: {line}")
     if cfg.hops[1] > len(envs.COLONS):
