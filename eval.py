@@ -322,7 +322,7 @@ def compare(paths, say):
 FARTHEST = 64  # objectives: beyond all that is trained, positions included
 
 
-def collect(paths, say, episodes=64):
+def collect(paths, say):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory", "failures", "curves", "meta"}.
 
     An agent of a larger model is told by how many times the parameters it has: `full-2x`. Of mem1 also the FARTHEST
@@ -349,7 +349,7 @@ def collect(paths, say, episodes=64):
             if row["stage"] == "ppo":
                 rewards.setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
         if "mem1" in results:
-            n = min(FARTHEST, envs.farthest(world))
+            n, episodes = min(FARTHEST, envs.farthest(world)), min(64, world.eval_episodes)
             say(f"{path}: {n} objectives, what the state holds, failures")
             trained = {name: pair for name, pair in methods(models).items() if name in ("mem1", "mem1-demos")}
             world.eval_objectives = [n]
