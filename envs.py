@@ -51,8 +51,8 @@ WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "an
 KINDS = ["list", "chain", "count", "compare"]  # of tasks, see ComposedQA
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # a name: of any script, without white space and ASCII punctuation (but for _)
-ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
-OPEN = rf"(#\d+) :+ ({WORD})((?: {WORD})*) (#\d+|\.)"  # in a state: index, subject and relations still open, next index
+ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a state or an answer: index, answer
+OPEN = rf"(#\d+) :+ ({WORD})((?: (?!user ){WORD})*) (#\d+|\.)"  # in a state: index, subject and relations still open, next index
 
 
 class ComposedQA:
@@ -96,9 +96,9 @@ class ComposedQA:
             self._search, head = facts.search, []
         self.facts = self._search.texts
         self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
-        self.finals = {index: path[-1] for index, (*_, path) in zip(indices, questions)}  # the fact that answers each question
-        self.golds = [(index, path[-1].split()[2]) for index, (*_, path) in zip(indices, questions)]
-        self.needed, self.shown, self.gains = {fact for *_, path in questions for fact in path}, set(), []
+        self.paths = {index: path for index, (*_, path) in zip(indices, questions)}  # the facts that lead to each answer
+        self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
+        self.needed, self.shown, self.gains = {fact for path in self.paths.values() for fact in path}, set(), []
         self.prompt = " " + " ".join([*head, *self.questions, STOP])
         self.tally = functools.reduce(lambda tally, gold: fold(head, tally, *gold), self.golds, start_of(head))
 
@@ -314,14 +314,14 @@ def read_facts(path, skip_bad=False):
 def make(world, n_objectives, seed, max_turns=None):
     """The environment of an episode in the `world` of a configuration: all that a world is to the rest of the project."""
     settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds
-    if world.env == "web":
-        return WebQA(*settings)
+    if world.env != "qa":
+        return {"web": WebQA, "dialogue": Dialogue}[world.env](*settings)
     return ComposedQA(*settings, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None)
 
 
 def words_of(world):
     """The words that this world has besides WORDS: names and relations of a file, and what its kinds of tasks begin with."""
-    return [*({"count", "compare"} & {*world.kinds}), *(read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else [])]
+    return [*sorted({"count", "compare"} & {*world.kinds}), *(["user", "-"] if world.env == "dialogue" else []), *(read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else [])]
 
 
 @functools.cache
@@ -365,7 +365,52 @@ class WebQA(ComposedQA):
         return super().search(query)
 
 
-ENVS = ["qa", "web"]
+class Dialogue(ComposedQA):
+    """The user changes his mind: of N questions some come up on the way, among them ones about an earlier answer, some are
+    corrected and some withdrawn (right is then not to answer them). He says so behind what a search found.
+
+    >>> env = Dialogue(4, seed=3)
+    >>> env.prompt
+    ' #62 :: jelo doctor tenant #63 :: fati rival cousin #64 : #62 pupil #65 : seji guard .'
+    >>> env.messages
+    {2: ' user #63 -', 1: ' user #65 : seji ally'}
+
+    The state keeps in mind what was said, in the same words, until it is dealt with.
+    """
+
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",)):
+        super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or (hops[1] + 1) * n_objectives + 2, ["chain"])
+        rng = np.random.default_rng([*np.ravel(seed), 1])
+        _, questions = read_task(self.prompt)
+        about, at_first, messages, sure = {subject for _, subject, *_ in questions}, [], [], 0
+        for i, (index, subject, relations, _) in enumerate(questions):
+            others = [fact.split()[1] for fact in self.facts if fact.split()[0] == subject and fact.split()[1] != relations[0]]
+            fates = ["stays"] if i == 0 or index in about else ["stays", "late"] if subject.startswith("#") else ["stays", "late", "corrected", "withdrawn"]
+            fate = str(rng.choice(fates))
+            if fate == "withdrawn":
+                messages.append(said(index, "", []))
+                self.golds[i] = index, ""
+                del self.paths[index]
+            elif fate != "stays":
+                messages.append(said(index, subject, relations))
+            if fate == "corrected" and others:  # at first it is about something else
+                relations = [str(rng.choice(others))]
+            if fate != "late":
+                at_first.append(" ".join([index, *asked(subject, relations)]))
+            sure += fate == "stays"
+        self.needed = {fact for path in self.paths.values() for fact in path}
+        self.prompt = " " + " ".join([*at_first, STOP])
+        self.messages = {}  # turn -> what the user says then: while there is something left to ask for in any case
+        for message in messages:
+            turn = int(rng.integers(1, sure + 1))
+            self.messages[turn] = f"{self.messages.get(turn, '')} {message}"
+
+    def step(self, kind, text):
+        observation = super().step(kind, text)
+        return observation if self.done else observation + self.messages.get(self.turn, "")
+
+
+ENVS = ["qa", "web", "dialogue"]
 
 
 def farthest(world):
@@ -406,8 +451,8 @@ def score(text, golds):
         got, want = given.get(index, []), words(gold)
         common = sum(min(got.count(w), want.count(w)) for w in set(want))
         em += got == want
-        f1 += 2 * common / (len(got) + len(want))
-        partial += bool(got) and (" ".join(got) in " ".join(want) or " ".join(want) in " ".join(got))
+        f1 += 2 * common / (len(got) + len(want)) if want else not got  # a question withdrawn is not to be answered
+        partial += got == want or bool(got and want) and (" ".join(got) in " ".join(want) or " ".join(want) in " ".join(got))
     return em, f1, partial
 
 
@@ -445,9 +490,9 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
     head, questions = read_task(prompt)
-    answers = dict(re.findall(ENTRY, seen))
+    answers, changes = read_seen(seen)
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
-    index, subject, relations, then = at_hand(questions, seen, query, answers)
+    index, subject, relations, then = at_hand(questions, seen, query, answers, changes)
     tally = re.findall(r"; ((?:#\d+ ?)*?) ?(?:#\d+ :|<query>)", seen)[-1:] if head and not amnesic else []
     tally = "".join(tally).strip() or start_of(head)
     if amnesic:
@@ -456,15 +501,23 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     found = re.findall(rf"(?<!\S){re.escape(subject)} {re.escape(relations[0])} #?{WORD}", info)[:1] if query and relations else []
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
-    fresh, due = {}, "answer now" in info
-    if due or not relations:  # this question is done with: the next
-        answers[index] = fresh[index] = subject
-        tally = fold(head, tally, index, subject)
-        index, subject, relations, then = take_up(questions, then, answers)
+    fresh, due, just_said = {}, "answer now" in info, read_seen(info)[1]
+    if then in just_said:
+        then = [*(q[0] for q in still_open(questions, changes, then)), STOP][0]
+    if then in changes:  # of the task itself nothing is left: now comes what the user said
+        questions = []
+    if due or index in just_said or not relations:  # this question is done with: the next
+        if index not in just_said:
+            answers[index] = fresh[index] = subject
+            tally = fold(head, tally, index, subject)
+            changes.pop(index, None)
+        index, subject, relations, then = take_up(still_open(questions, changes, then), answers)
     if due or not relations:  # there is no other
         return " ".join([*found, STOP]), "answer", tally.split()[0] if tally else entries(answers)
     question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
-    parts = [*question, LIST, memory] if style == "apart" else [LIST, memory, *question]
+    ahead = {i for i, *_ in itertools.dropwhile(lambda question: question[0] != then, questions)}
+    news = " ".join(said(i, *change) for i, change in changes.items() if i != index and (change[0] or i in ahead) and style != "fresh")
+    parts = [*question, LIST, memory, news] if style == "apart" else [LIST, memory, *question, news]
     query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
     return " ".join(filter(None, [*found, *parts])), "query", query
 
@@ -476,7 +529,29 @@ def read_task(prompt):
     return head, [(index, subject, relations.split(), then) for index, subject, relations, then in questions]
 
 
-def at_hand(questions, seen, query, answers):
+def read_seen(seen):
+    """What stands in a context: answers {index: answer}, and questions that the user has changed since {index: (subject, relations)}.
+
+    On each index the last word counts. A question of no subject is withdrawn.
+    """
+    answers, changes = {}, {}
+    for match in re.finditer(rf"user (#\d+) (?:-|:+ (#?{WORD})((?: (?!user ){WORD})+))|{ENTRY}", seen):
+        changed, subject, relations, index, answer = match.groups()
+        for known in answers, changes:
+            known.pop(changed or index, None)
+        if changed:
+            changes[changed] = subject or "", (relations or "").split()
+        else:
+            answers[index] = answer
+    return answers, changes
+
+
+def said(index, subject, relations):
+    """How the user changes a question, and how a state keeps it in mind."""
+    return " ".join(["user", index, *(asked(subject, relations) if subject else ["-"])])
+
+
+def at_hand(questions, seen, query, answers, changes):
     """Which question the last turn was about, as far as it was open then: (index, subject, relations, next index).
 
     The last state says it. If no state is kept, it follows from the query: it asks for a question's subject, or
@@ -488,15 +563,22 @@ def at_hand(questions, seen, query, answers):
     subject, relation = (query.split() + ["", ""])[:2]
     begun = [index for index, start, *_ in questions if answers.get(start, start) == subject]
     after = [then for index, *_, then in questions if index in answers] or [questions[0][0]]
-    index, start, relations, then = take_up(questions, (begun or after[-1:])[0], answers)
+    index, start, relations, then = take_up(still_open(questions, changes, (begun or after[-1:])[0]), answers)
     if relation in relations:
         return index, subject, relations[relations.index(relation) :], then
     return index, start, relations, then
 
 
-def take_up(questions, index, answers):
-    """The question `index`, or the next one that can be asked: one about an earlier answer needs that answer."""
-    for index, subject, relations, then in itertools.dropwhile(lambda question: question[0] != index, questions):
+def still_open(questions, changes, then):
+    """The questions from `then` on, and those that the user has changed or added, as he has them now."""
+    rest = [question[:3] for question in itertools.dropwhile(lambda question: question[0] != then, questions) if question[0] not in changes]
+    rest += [(index, *change) for index, change in changes.items() if change[0]]
+    return [(*question, then) for question, then in zip(rest, [*(index for index, *_ in rest[1:]), STOP])]
+
+
+def take_up(questions, answers):
+    """The first question that can be asked: one about an earlier answer needs that answer."""
+    for index, subject, relations, then in questions:
         subject = answers.get(subject, subject)
         if not subject.startswith("#"):
             return index, subject, relations, then

@@ -226,7 +226,7 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
                 if kind == "query":
                     by_turn.setdefault(t + 1, []).append((len(found), len(found & held), right, len(turn.state)))
                 shown = re.findall(rf"{re.escape(asked.strip())} {envs.WORD}", ENC.decode(turn.info))
-                found |= {(index, fact.split()[-1]) for index, fact in traj.env.finals.items() if fact in shown}
+                found |= {(index, path[-1].split()[-1]) for index, path in traj.env.paths.items() if path[-1] in shown}
         rows = results.setdefault(name, {})
         for t, cells in sorted(by_turn.items()):
             found, held, right, state = np.mean(cells, axis=0).tolist()

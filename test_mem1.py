@@ -4,6 +4,7 @@
 Oracles are written differently from the code: a re-encoding of every context token by token, a double sum,
 an independent scorer. Each property has a positive control: something that must change, does.
 """
+import collections
 import dataclasses
 import doctest
 import json
@@ -474,12 +475,12 @@ def test_the_parser_takes_anything_and_loses_nothing(ids, tags):
         assert kind == want
 
 
-@given(texts, texts, st.sampled_from(["query", "answer", "malformed", "", "reset"]), st.integers(1, 5))
-def test_the_world_survives_any_action(first, second, kind, n):
-    env = envs.ComposedQA(n, hops=(1, 3), seed=[n])
+@given(st.sampled_from([envs.ComposedQA, envs.WebQA, envs.Dialogue]), texts, texts, st.sampled_from(["query", "answer", "malformed", "", "reset"]), st.integers(1, 5))
+def test_the_world_survives_any_action(world, first, second, kind, n):
+    env = world(n, hops=(1, 3), seed=[n])
     env.step("query", first)
     observation = env.step(kind, second)
-    assert isinstance(observation, str) and len(observation) < 300
+    assert isinstance(observation, str) and len(observation) < 500
     assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
 
 
@@ -537,6 +538,25 @@ def test_of_a_task_that_is_reduced_to_one_word_the_state_stays_constant(kind):
     assert env.em == 0
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
+def test_in_a_dialogue_what_was_last_said_of_a_question_counts(n):
+    fates = collections.Counter()
+    for seed in range(15):
+        for policy in mem1.mem1, mem1.full:
+            traj = demonstrate(envs.Dialogue(n, seed=seed), policy)
+            assert (traj.env.em, traj.env.cause) == (n, "answered"), seed
+            assert [ENC.decode(turn.info) for turn in traj.turns] == [ENC.decode(turn.info) for turn in demonstrate(envs.Dialogue(n, seed=seed), policy).turns]
+        answer, said = ENC.decode(traj.turns[-1].action), "".join(traj.env.messages.values())
+        at_first = {index: rest for index, *rest in envs.read_task(traj.env.prompt)[1]}
+        for index, gold in traj.env.golds:
+            fates["withdrawn" if not gold else "stays" if f"user {index} " not in said else "corrected" if index in at_first else "late"] += 1
+            assert (f"{index} {gold}" in answer) if gold else (f"{index} " not in answer)
+        deaf = envs.Dialogue(n, seed=seed)  # control: who does not listen fails, if anything was said
+        deaf.messages = {}
+        assert (demonstrate(deaf, mem1.mem1).env.em < n) == bool(said)
+    assert n < 16 or min(fates[fate] for fate in ("withdrawn", "corrected", "late")) > 5, fates
+
+
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_the_web_is_one_for_all_episodes_and_gives_what_is_needed_to_whoever_asks_twice(n):
     assert len(envs.corpus().search.texts) > 2000 and envs.WebQA(n, seed=[1]).facts is envs.WebQA(n, seed=[2]).facts
@@ -576,7 +596,7 @@ def test_real_facts_make_the_same_tasks():
     for n in 1, 4, 16:
         for seed in range(5):
             env = envs.ComposedQA(n, facts=facts, seed=seed)
-            assert all(final in env.search(" ".join(final.split()[:2])) for final in env.finals.values())
+            assert all(fact in env.search(" ".join(fact.split()[:2])) for path in env.paths.values() for fact in path)
             for policy in mem1.mem1, mem1.full:
                 assert demonstrate(envs.ComposedQA(n, facts=facts, seed=seed), policy).env.em == n
     assert facts.parse(" new ZEALAND capital") == ("New_Zealand", ["capital"])
@@ -613,7 +633,7 @@ def test_the_demonstrator_knows_no_more_than_its_context_holds():
 
 
 @given(st.lists(st.one_of(st.sampled_from(["<IS>", "<query>", "<answer>", "<end>", "<info>", ";", ":", "::", ".", "left=3", "answer now", "#64", "#65", "#9",
-                                           "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "<query>(( *<end><info> x", "#64 : jelo pupil #65"]), st.text(max_size=4))),
+                                           "jelo", "milu", "pupil", "neighbour", "jelo pupil jero", "user", "-", "user #65 -", "user #66 :: #64 pupil heir", "<query>(( *<end><info> x", "#64 : jelo pupil #65"]), st.text(max_size=4))),
        st.booleans(), st.sampled_from(["whole", "fresh", "apart"]), st.sampled_from(["", " count #17 jelo", " compare"]))
 @example(["<query> (( pupil<end><info> left=3"], False, "apart", "")
 @example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "apart", "")
@@ -1022,7 +1042,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
     (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
-    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "list only"), (["--env", "web", "--kinds", "chain"], "list only"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "no other kinds"), (["--env", "web", "--kinds", "chain"], "no other kinds"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
