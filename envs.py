@@ -313,6 +313,8 @@ def read_facts(path, skip_bad=False):
 
 def make(world, n_objectives, seed, max_turns=None):
     """The environment of an episode in the `world` of a configuration: all that a world is to the rest of the project."""
+    if world.env == "shop":
+        return Shop(n_objectives, seed, max_turns)
     settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds
     if world.env != "qa":
         return {"web": WebQA, "dialogue": Dialogue}[world.env](*settings)
@@ -320,8 +322,10 @@ def make(world, n_objectives, seed, max_turns=None):
 
 
 def words_of(world):
-    """The words that this world has besides WORDS: names and relations of a file, and what its kinds of tasks begin with."""
-    return [*sorted({"count", "compare"} & {*world.kinds}), *(["user", "-"] if world.env == "dialogue" else []), *(read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else [])]
+    """The words that this world has besides WORDS: of its kinds of tasks, of its users and shops, of the file that it asks about."""
+    more = dict(dialogue=["user", "-"], shop=[*SHOP_WORDS, *TYPES, *TRAITS, *COLORS]).get(world.env, [])
+    facts = read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else []
+    return [*sorted({"count", "compare"} & {*world.kinds}), *more, *facts]
 
 
 @functools.cache
@@ -410,11 +414,123 @@ class Dialogue(ComposedQA):
         return observation if self.done else observation + self.messages.get(self.turn, "")
 
 
-ENVS = ["qa", "web", "dialogue"]
+SHOP_WORDS = "want under search click next end chosen buy in nothing happens".split()
+TYPES = "jacket shirt lamp chair bag clock rug mug".split()
+TRAITS = "cotton warm light round small soft matt thin plain strong old new".split()
+COLORS = "red blue green black white grey".split()
+
+
+class Shop:
+    """WebShop (arXiv 2207.01206) in miniature: find the product that fits best among N of its type, and buy it.
+
+    >>> env = Shop(2, seed=2)
+    >>> env.prompt
+    ' want lamp warm small in white under #51 .'
+    >>> env.step("query", "search lamp")
+    ' left=9 #70 lamp #25 , #14 lamp #3 , end'
+    >>> env.step("query", "click #70")
+    ' left=8 #70 lamp small warm new in white black green #25'
+    >>> env.step("query", "click white"), env.step("answer", "buy"), env.em
+    (' left=7 chosen white', '', 2.0)
+
+    Actions: `search words`, `next` page of what was found, `click #id` of a product or `click color` of the one that is
+    open, and as answer `buy`. Anything else does nothing. The reward is WebShop's: the share of what was wanted
+    (two traits, the color chosen, the price) that the product has, none if it is of another type. It counts N times in
+    `em`, so that em / N is the reward.
+    """
+
+    def __init__(self, n_objectives=2, seed=0, max_turns=None):
+        rng = np.random.default_rng(seed)
+        pick = lambda words, n: [str(word) for word in rng.choice(words, n, replace=False)]
+        self.n_objectives, self.max_turns = n_objectives, max_turns or 2 * n_objectives + 6
+        self.turn, self.done, self.cause, self.em, self.f1, self.partial = 0, False, None, 0, 0.0, 0
+        (self.type, *others), self.traits, (self.color,), self.limit = pick(TYPES, 4), pick(TRAITS, 2), pick(COLORS, 1), int(rng.integers(30, 60))
+        self.prompt = f" want {self.type} {' '.join(self.traits)} in {self.color} under #{self.limit} ."
+        self.products = {}  # id -> (type, traits, colors, price)
+        for i, index in enumerate(pick(INDICES, n_objectives + n_objectives // 2)):
+            self.products[index] = self.type if i < n_objectives else str(rng.choice(others)), pick(TRAITS, 3), pick(COLORS, 3), int(rng.integers(80))
+        if rng.random() < 0.5:  # one that has all
+            more = pick([trait for trait in TRAITS if trait not in self.traits], 1), pick([color for color in COLORS if color != self.color], 2)
+            index = pick([*self.products][:n_objectives], 1)[0]
+            self.products[index] = self.type, pick([*self.traits, *more[0]], 3), pick([self.color, *more[1]], 3), int(rng.integers(self.limit + 1))
+        self.shelf = pick([*self.products], len(self.products))
+        self.results, self.open, self.chosen, self.gains, self.paths = [], None, None, [], {}
+        self.golds = [(max(self.products, key=lambda index: self.worth(index, self.color)), "")]
+
+    def worth(self, index, color):
+        """The reward for buying this product in this color, 0..1."""
+        kind, traits, colors, price = self.products[index]
+        return (kind == self.type) * (sum(trait in traits for trait in self.traits) + (color == self.color and color in colors) + (price <= self.limit)) / 4
+
+    def step(self, kind, text):
+        assert not self.done, "step() after the end of the episode"
+        self.turn += 1
+        self.gains.append(0.0)
+        left = self.max_turns - self.turn
+        if kind == "query" and left > 0:
+            return f" left={left}{' answer now' if left == 1 else ''} {self.act(*(words(text)[:9] + ['', ''])[:2], words(text)[1:9])}"
+        self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
+        if kind == "answer" and words(text) == ["buy"] and self.open:
+            self.em = self.f1 = self.partial = self.n_objectives * self.worth(self.open, self.chosen)
+        return ""
+
+    def act(self, verb, what, query):
+        """What the shop answers."""
+        if verb == "search":
+            fits = lambda index: -sum(word in (self.products[index][0], *self.products[index][1]) for word in query)
+            self.results = sorted((index for index in self.shelf if fits(index)), key=fits)
+        elif verb == "next":
+            self.results = self.results[3:]
+        elif verb == "click" and what in self.products:
+            self.open, self.chosen = what, None
+            kind, traits, colors, price = self.products[what]
+            return f"{what} {kind} {' '.join(traits)} in {' '.join(colors)} #{price}"
+        elif verb == "click" and self.open and what in self.products[self.open][2]:
+            self.chosen = what
+            return f"chosen {what}"
+        else:
+            return "nothing happens"
+        page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:3]]
+        return " , ".join([*page, "next" if self.results[3:] else "end"])
+
+    def expert(self, seen, amnesic=False, style="whole"):
+        """The demonstrator: looks at all that can be afforded, and remembers the best. Its state:
+
+            what the product just seen has of what is wanted ; the best one so far, the same : on this page still to be looked at, next or end
+            #12 warm red                                     ; #9 warm                     : #17 #3 next
+        """
+        kind, wanted, color, limit = re.match(r" want (\w+) ([\w ]+) in (\w+) under #(\d+)", self.prompt).groups()
+        wanted = [*wanted.split(), color]
+        state, query, info = ([("", "", "")] + re.findall(r"([^<>]*)<query>([^<]*)<end><info>([^<]*)", seen))[-1]
+        best, todo = (part.split() for part in (re.findall(r"; ?([^;:]*) ?: ?(.*)", state) + [("", "")])[0])
+        best, look, left = [] if amnesic else best, [], int((re.findall(r"left=(\d+)", info) + ["99"])[0])
+        product = re.search(r"(#\d+) (\w+) ([\w ]+) in ([\w ]+) #\d+", info)
+        if product:
+            look = [product[1], *(word for word in wanted if word in product[3].split() + product[4].split())]
+            best = look if product[2] == kind and len(look) > len(best) else best
+        elif re.search(r"(next|end)$", info):
+            todo = [index for index, its_kind, price in re.findall(r"(#\d+) (\w+) #(\d+)", info) if its_kind == kind and int(price) <= int(limit)]
+            todo += info.split()[-1:]
+        if len(best) > len(wanted) or left <= 3:  # nothing can be better, or it is time to go back to the best
+            todo = ["end"]
+        is_open = best[:1] == look[:1] or "chosen" in info
+        action = ("query", f"search {kind}")
+        if left == 1 or todo == ["end"] and (not best or is_open and (color not in best or "chosen" in info)):
+            action, todo = ("answer", "buy"), ["end"]
+        elif todo == ["end"]:
+            action = ("query", f"click {color if is_open else best[0]}")
+        elif todo:
+            action, todo = ("query", "next" if todo == ["next"] else f"click {todo[0]}"), todo[1:] or todo
+        return " ".join([*look, LIST, *best, ":", *todo]), *action
+
+
+ENVS = ["qa", "web", "dialogue", "shop"]
 
 
 def farthest(world):
     """The longest horizon that there are indices, and in an invented world names, for."""
+    if world.env == "shop":
+        return len(INDICES) * 2 // 3
     return len(INDICES) if world.facts else min(len(INDICES), len(NAMES) // world.hops[1])
 
 

@@ -171,7 +171,7 @@ def difference(written, right):
         return "malformed, or cut off"
     if kind != right_kind:
         return "stopped early" if kind == "answer" else "did not stop"
-    if kind == "query" and not index:
+    if kind == "query" and not index and right_index:
         return "lost the question"
     if right_index in has or index in should:  # an open question written as an answer, or an answer as an open question
         return "wrong hop"

@@ -475,9 +475,9 @@ def test_the_parser_takes_anything_and_loses_nothing(ids, tags):
         assert kind == want
 
 
-@given(st.sampled_from([envs.ComposedQA, envs.WebQA, envs.Dialogue]), texts, texts, st.sampled_from(["query", "answer", "malformed", "", "reset"]), st.integers(1, 5))
+@given(st.sampled_from([envs.ComposedQA, envs.WebQA, envs.Dialogue, envs.Shop]), texts, texts, st.sampled_from(["query", "answer", "malformed", "", "reset"]), st.integers(1, 5))
 def test_the_world_survives_any_action(world, first, second, kind, n):
-    env = world(n, hops=(1, 3), seed=[n])
+    env = world(n, seed=[n])
     env.step("query", first)
     observation = env.step(kind, second)
     assert isinstance(observation, str) and len(observation) < 500
@@ -555,6 +555,47 @@ def test_in_a_dialogue_what_was_last_said_of_a_question_counts(n):
         deaf.messages = {}
         assert (demonstrate(deaf, mem1.mem1).env.em < n) == bool(said)
     assert n < 16 or min(fates[fate] for fate in ("withdrawn", "corrected", "late")) > 5, fates
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 40])
+def test_in_the_shop_the_demonstrator_buys_the_best_that_can_be_afforded(n):
+    perfect = 0
+    for seed in range(15):
+        for policy in mem1.mem1, mem1.full, mem1.separate:
+            traj = demonstrate(envs.Shop(n, seed=seed), policy)
+            env = traj.env
+            afforded = [env.worth(index, env.color) for index, (*_, price) in env.products.items() if price <= env.limit and env.products[index][0] == env.type]
+            assert env.cause == "answered" and env.em / n == max(afforded, default=0.0) and len(traj.turns) <= env.max_turns
+        perfect += env.em == n
+        hurried = demonstrate(envs.Shop(n, seed=seed, max_turns=6), mem1.mem1).env
+        assert hurried.cause == "answered" and hurried.em <= env.em
+        assert demonstrate(envs.Shop(n, seed=seed), mem1.mem1).turns == demonstrate(envs.Shop(n, seed=seed), mem1.mem1).turns
+    assert perfect >= 5
+
+
+@given(st.lists(st.one_of(st.sampled_from(["<IS>", "<query>", "<end>", "<info>", ";", ":", "left=3", "left=1", "#64", "#9 chair #3", "next", "end", "chosen", "in red blue #4",
+                                           "click #9", "#9 chair warm in red #4"]), st.text(max_size=4))), st.booleans())
+def test_the_shopper_has_something_to_write_whatever_it_sees(parts, amnesic):
+    state, kind, text = envs.Shop(3, seed=1).expert(" ".join(parts), amnesic)
+    assert kind in ("query", "answer") and "<" not in state + text and text
+
+
+def test_what_is_bought_is_paid_by_what_was_wanted_of_it():
+    env = envs.Shop(8, seed=3)
+    _, kind, *traits, _, color, _, limit, _ = env.prompt.split()
+    for index, (its_kind, its_traits, its_colors, price) in env.products.items():
+        for chosen in (*its_colors, None):
+            shop = envs.Shop(8, seed=3)
+            assert f"{index} {its_kind} {' '.join(its_traits)} in" in shop.step("query", f"click {index}")
+            if chosen:
+                assert f"chosen {chosen}" in shop.step("query", f"click {chosen}")
+            shop.step("answer", "buy")
+            wanted = [*(trait in its_traits for trait in traits), chosen == color, price <= int(limit[1:])]
+            assert shop.em / 8 == (sum(wanted) / 4 if its_kind == kind else 0.0)
+    for actions in (["buy"], ["click #99", "buy"], ["click red", "buy"]):  # nothing is open
+        shop = envs.Shop(8, seed=3)
+        [shop.step("query", action) for action in actions[:-1]], shop.step("answer", "buy")
+        assert shop.em == 0
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
@@ -1042,7 +1083,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "3", "--ppo-batch", "2"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
     (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
-    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "no other kinds"), (["--env", "web", "--kinds", "chain"], "no other kinds"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
+    (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "no other kinds"), (["--env", "shop", "--kinds", "chain"], "no other kinds"), (["--sweep", "-1"], "number of seeds"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():

@@ -63,7 +63,7 @@ class Config:
     sweep: int = 0  # train every agent, and full context with twice the weights, from so many seeds; nproc runs side by side
     assets: str = "assets"  # where a sweep puts its results and figures
     # world
-    env: str = "qa"  # qa: a world invented for each episode; web: one corpus of prose for all, with an unreliable search; dialogue: the user changes his mind
+    env: str = "qa"  # qa: a world invented for each episode; web: one corpus of prose for all, with an unreliable search; dialogue: the user changes his mind; shop
     objectives: tuple = (1, 4)  # fewest and most in training
     hops: tuple = (1, 2)  # fewest and most relations in a question
     kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some about earlier answers; count and compare, one word answers all
@@ -614,7 +614,7 @@ def check(cfg, error):
     except (OSError, ValueError) as problem:
         error(f"--facts: {problem}")
     if (cfg.facts or cfg.env != "qa") and [*cfg.kinds] != ["list"]:
-        error(f"--kinds {' '.join(cfg.kinds)}: in the web, in dialogues and about a file there are no other kinds than list; leave one away")
+        error(f"--kinds {' '.join(cfg.kinds)}: here there are no other kinds than list; leave one away")
     if cfg.facts and cfg.env != "qa":
         error(f"--facts {cfg.facts} --env {cfg.env}: a file of facts is asked about in --env qa; leave one away")
     for line in told:
