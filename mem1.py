@@ -174,7 +174,7 @@ class Trajectory:
     def rewards(self, kind="em"):
         """What each turn earned, for the learner, by one of envs.REWARDS."""
         values = list(self.env.gains) if kind == "step" else [0.0] * len(self.turns)
-        values[-1] += envs.REWARDS[kind](self.env)
+        values[-1] += envs.REWARDS.get(kind, envs.REWARDS["em"])(self.env)  # a judge's is not known here
         return values
 
     @property

@@ -747,7 +747,7 @@ def test_what_is_recorded_is_the_probability_with_which_the_token_was_drawn():
     assert (mem1.sample(logits)[0] == logits.argmax()).all() and mem1.sample(logits)[1] == logits.log_softmax(-1).max()
 
 
-def one_iteration(monkeypatch, **kwargs):
+def one_iteration(monkeypatch, judge=None, **kwargs):
     """An iteration of PPO on random worlds, of one minibatch: (gradient of its only step, log row, what ppo's functions were given)."""
     given_, gradient = {}, []
     for name in "token_rewards", "policy_loss":
@@ -758,7 +758,7 @@ def one_iteration(monkeypatch, **kwargs):
     for i, world in enumerate(worlds):
         world.em = i / 10
     optimiser = SimpleNamespace(zero_grad=gpt.zero_grad, step=lambda: gradient.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]).clone()))
-    row = train.reinforce(cfg, train.Learner(gpt), optimiser, talkative(seed=1), mem1.mem1, worlds, 0, 0, 1)
+    row = train.reinforce(cfg, train.Learner(gpt), optimiser, talkative(seed=1), mem1.mem1, worlds, 0, 0, 1, judge)
     return gradient[0], row, given_
 
 
@@ -774,6 +774,37 @@ def test_before_the_first_update_the_ratio_is_one_and_the_gradient_that_of_the_p
 def test_the_split_into_passes_does_not_change_the_gradient(monkeypatch, layout):
     gradients = [one_iteration(monkeypatch, pack_tokens=n, layout=layout)[0] for n in (10**6, 60, 200)]
     assert max((g - gradients[0]).abs().max() for g in gradients[1:]) < 1e-10 and gradients[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize("pack_tokens", [10**6, 60])
+def test_the_judge_climbs_the_likelihood_of_the_preferences(monkeypatch, pack_tokens):
+    cfg = train.Config(device="cpu", judge_batch=12, reward="judge", grad_clip=1e9, pack_tokens=pack_tokens)
+    gpt, actor, played, gradient = talkative(), talkative(seed=1), [], []
+    monkeypatch.setattr(train, "rollout", lambda *args: played.extend(rollout(*args)) or played)
+    optimiser = SimpleNamespace(zero_grad=gpt.zero_grad, step=lambda: gradient.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]).clone()))
+    monkeypatch.setattr(Trajectory, "reward", property(lambda self: float(len(self.turns[0].written) % 3)))
+    row = train.prefer(cfg, train.Learner(gpt), optimiser, actor, mem1.mem1, 0, 0, 1)
+    pairs = [*zip(played[::2], played[1::2])]
+    assert len(pairs) == 6 and all(a.task == b.task for a, b in pairs) and sum(a.turns != b.turns for a, b in pairs) > 1
+    loss = 0.0
+    for i, pair in enumerate(zip(played[::2], played[1::2])):
+        first, second = (evaluate(gpt, pack([train.judged(traj)])[0])[1][0] for traj in pair)
+        better = train.rng(0, train.JUDGE, 0, i, 4).random() < 1 / (1 + np.exp(-4 * (pair[0].reward - pair[1].reward)))
+        loss = loss - torch.log(torch.sigmoid(first - second if better else second - first)) / 6
+    gpt.zero_grad()
+    loss.backward()
+    want = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in gpt.parameters()])
+    assert (gradient[0] - want).abs().max() < 1e-6 * want.abs().max() and want.norm() > 0 and row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_with_a_judge_it_is_the_judge_who_pays(monkeypatch):
+    judge = talkative(seed=2)
+    judge.value = lambda x: x[..., 0]
+    _, _, given_ = one_iteration(monkeypatch, reward="judge", judge=judge)
+    reward, *_ = given_["token_rewards"][0]
+    trajs = rollout(talkative(), [AnyWorld(n, [0, i]) for i, n in enumerate((4, 1, 5, 2, 3))], mem1.mem1, [train.rng(0, train.PPO, 0, i, 2) for i in range(5)])
+    want = torch.stack([evaluate(judge, pack([train.judged(traj)])[0])[1][0] for traj in trajs]).sigmoid()
+    assert reward[[3, 4, 9, 11, 14]].tolist() == pytest.approx(want.tolist(), rel=1e-5) and reward.count_nonzero() == 5
 
 
 def test_each_episode_is_paid_its_own_reward_at_its_own_last_token(monkeypatch):

@@ -12,6 +12,7 @@ Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights 
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation of a forgetful demonstrator on few objectives: the format, and how to search
     ppo      reward alone: what to remember
+(With `--reward judge` a stage before ppo: a judge learns from noisy preferences between two episodes; it is what pays then.)
 The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs
 (`--agents` trains others: window, notes, amnesic, separate; all start from the same primer).
 
@@ -96,7 +97,10 @@ class Config:
     primer_coef: float = 0.3  # their weight
     ppo_lr: float = 2e-4
     layout: str = "tree"  # how PPO sees what mem1 did: tree, stitched or released (mem1.py: the last two are not exact)
-    reward: str = "em"  # em, f1, partial: share of the questions answered so; all: all or nothing; step: for needed facts found too; format
+    reward: str = "em"  # em, f1, partial: share of the questions answered so; all: all or nothing; step: for needed facts found too; format; judge
+    judge_steps: int = 60
+    judge_batch: int = 64  # episodes a step, two of each task
+    judge_lr: float = 3e-4
     clip: float = 0.2  # of the ratio, and of the value's move
     kl_coef: float = 0.02  # price of leaving the demos policy, nats a token
     value_coef: float = 0.1  # weight of the value loss: the trunk is shared
@@ -116,7 +120,7 @@ class Config:
 PRESETS = {
     "cpu": {},
     "debug": dict(out="runs/debug", nproc=1, n_layer=2, n_embd=48, n_head=2, primer_steps=40, primer_longest=4, demos_steps=40,
-                  demos_batch=8, demos_primer=8, ppo_primer=4, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
+                  demos_batch=8, demos_primer=8, ppo_primer=4, judge_steps=4, judge_batch=8, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
                   eval_objectives=(1, 2, 4), eval_episodes=8, valid_episodes=4),
     "gpu": dict(out="runs/gpu", n_layer=8, n_embd=512, n_head=8, primer_steps=4000, primer_batch=1024, primer_lr=1e-3,
                 demos_steps=4000, demos_batch=512, demos_primer=512, demos_lr=5e-4, ppo_steps=400, ppo_batch=1024,
@@ -126,7 +130,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------
 # Randomness, and the data of each stage
 
-PRIMER, DEMOS, PPO = range(3)  # second entry of a key; eval.VALID and eval.TEST are the others
+PRIMER, DEMOS, PPO, JUDGE = 0, 1, 2, 5  # second entry of a key; eval.VALID and eval.TEST are the others
 
 
 def rng(seed, stage, step, episode, what=0):
@@ -256,10 +260,58 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     return dict(loss=(total(summed) / n).item(), norm=norm, tokens=int(n))
 
 
-def reinforce(cfg, learner, optimiser, reference, policy, environments, step, rank, world_size):
+def scores(judge, trajs, cfg):
+    """What the judge thinks of each episode (E,), no gradient. It reads all turns as one text; see judged()."""
+    result = torch.zeros(len(trajs), device=cfg.device, dtype=judge.emb.weight.dtype)
+    with torch.no_grad():
+        for batch in pack(list(map(judged, trajs)), cfg.pack_tokens):
+            result[batch.index] = evaluate(judge, batch.to(cfg.device))[1]
+    return result
+
+
+def judged(traj):
+    """An episode as one branch, of which the last token counts alone: the value of the row before it is the score."""
+    ids = full(traj.turns)
+    branch = Branch()
+    branch.extend(ids[:-1], trained=False)
+    branch.extend(ids[-1:], trained=True)
+    return dataclasses.replace(traj, branches=[branch])
+
+
+def prefer(cfg, learner, optimiser, actor, policy, step, rank, world_size):
+    """One step of the judge: which of two episodes of a task is better? (Bradley-Terry, as in arXiv 2203.02155.)
+
+    Whoever is asked prefers the one with more right answers, not always: with probability sigmoid(4 (difference
+    of the shares)). -log sigmoid(s_better - s_worse) has the gradient -+ sigmoid(s_worse - s_better) in the two scores.
+    """
+    pairs = range(rank, cfg.judge_batch // 2, world_size)
+    worlds = [world(cfg, cfg.seed, JUDGE, step, i) for i in pairs for _ in range(2)]
+    trajs = rollout(actor, worlds, policy, [rng(cfg.seed, JUDGE, step, i, 2 + which) for i in pairs for which in range(2)])
+    share = torch.tensor([traj.reward for traj in trajs], device=cfg.device).view(-1, 2)  # (pairs, 2)
+    draws = torch.tensor([rng(cfg.seed, JUDGE, step, i, 4).random() for i in pairs], device=cfg.device)  # (pairs,)
+    sign = torch.where(draws < (4 * (share[:, 0] - share[:, 1])).sigmoid(), 1.0, -1.0)  # (pairs,): is the first preferred
+    s = scores(learner_model(learner), trajs, cfg).view(-1, 2)
+    margin = sign * (s[:, 0] - s[:, 1])  # (pairs,)
+    push = (torch.stack([-sign, sign], -1) * (-margin).sigmoid()[:, None]).flatten()  # (E,): d loss / d score
+    n = total(torch.tensor(float(len(pairs)), device=cfg.device))
+
+    def losses(batch, logp, value, entropy):
+        return ((push[batch.index] * value).sum() + 0.0 * logp.sum()) / n
+
+    norm = optimise(learner, optimiser, cfg, [(p, losses) for p in pack(list(map(judged, trajs)), cfg.pack_tokens)])
+    sums = total(torch.stack([-nn.functional.logsigmoid(margin).sum(), (0.5 + 0.5 * margin.sign()).sum()])) / n
+    return dict(loss=sums[0].item(), agrees=sums[1].item(), norm=norm, tokens=int(n))
+
+
+def learner_model(learner):
+    """The GPT in a Learner, wrapped by DDP or not."""
+    return getattr(learner, "module", learner).model
+
+
+def reinforce(cfg, learner, optimiser, reference, policy, environments, step, rank, world_size, judge=None):
     """One PPO iteration on this process's `environments`: play, weigh, learn."""
     # Play.
-    model = getattr(learner, "module", learner).model  # DDP or not
+    model = learner_model(learner)
     trajs = rollout(model, environments, policy, [rng(cfg.seed, PPO, step, rank + world_size * i, 2) for i in range(len(environments))])
     views = [LAYOUTS[cfg.layout](traj) for traj in trajs] if policy is mem1 else trajs  # what the learner sees
     # Weigh. All of what is trained, flat (M,), in the order of sampling.
@@ -276,7 +328,11 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             ref_logp[batch.index] = evaluate(reference, batch)[0]
             if cfg.layout != "tree":  # as in the paper's code: not what acted, but what the learner now says of it
                 old_logp[batch.index], old_value[batch.index] = evaluate(model, batch)[:2]
-    reward = torch.tensor([x for traj in trajs for x in traj.rewards(cfg.reward)], device=cfg.device)  # (J,) a turn
+    earned = [traj.rewards(cfg.reward) for traj in trajs]
+    if judge:
+        for turns, score in zip(earned, scores(judge, trajs, cfg).sigmoid().tolist()):
+            turns[-1] = score
+    reward = torch.tensor([x for turns in earned for x in turns], device=cfg.device)  # (J,) a turn
     ends = torch.zeros_like(last)  # (M,)
     ends[torch.tensor([len(turn.written) for traj in trajs for turn in traj.turns]).cumsum(0) - 1] = True
     rewards = ppo.token_rewards(reward, ends, old_logp, ref_logp, cfg.kl_coef)
@@ -336,8 +392,9 @@ def run(rank, world_size, cfg):
 
     stages = [] if cfg.start else [("primer", None)]
     for agent in cfg.agents:
-        stages += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
-    steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, ppo=cfg.ppo_steps)
+        stages += [] if cfg.start else [("demos", agent)]
+        stages += [("judge", agent)] * (cfg.reward == "judge") + [("ppo", agent)]
+    steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, judge=cfg.judge_steps, ppo=cfg.ppo_steps)
     state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
     if cfg.start:
         models = evaluation.load_run(cfg.start)[1]
@@ -355,13 +412,14 @@ def run(rank, world_size, cfg):
 
     while state["stage"] < len(stages):
         stage, agent = stages[state["stage"]]
-        steps, name = steps_of[stage], agent if stage == "ppo" else f"{agent}-demos" if agent else "primer"
+        steps, name = steps_of[stage], agent if stage == "ppo" else f"{agent}-{stage}" if agent else "primer"
         torch.manual_seed(cfg.seed)
         model = GPT(gpt_config(cfg)).to(cfg.device)
-        source = {"primer": None, "demos": "primer", "ppo": f"{agent}-demos"}[stage]
+        source = {"primer": None, "demos": "primer"}.get(stage, f"{agent}-demos")
         if source:
             model.load_state_dict(state["models"][source][1])
-        reference = copy.deepcopy(model).requires_grad_(False)  # what PPO is kept near to
+        reference = copy.deepcopy(model).requires_grad_(False)  # what PPO is kept near to, and what plays for the judge
+        judge = evaluation.load(state["models"][f"{agent}-judge"], cfg.device) if stage == "ppo" and cfg.reward == "judge" else None
         optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, eps=1e-8)
         if state["model"]:
             model.load_state_dict(state["model"])
@@ -380,14 +438,16 @@ def run(rank, world_size, cfg):
                 group["lr"] = lr * schedule(step, steps, warmup=3 if stage == "ppo" else 50)
             if stage == "ppo":
                 mine = [world(cfg, cfg.seed, PPO, step, i) for i in range(rank, cfg.ppo_batch, world_size)]
-                row = reinforce(cfg, learner, optimiser, reference, POLICIES[agent], mine, step, rank, world_size)
+                row = reinforce(cfg, learner, optimiser, reference, POLICIES[agent], mine, step, rank, world_size, judge)
+            elif stage == "judge":
+                row = prefer(cfg, learner, optimiser, reference, POLICIES[agent], step, rank, world_size)
             else:
                 row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
             if not np.isfinite(row["norm"]):
                 sys.exit(f"train.py: the gradient is not finite at {stage} step {step}; lower --{stage}-lr (it is {lr})")
             done = step + 1
-            if agent and (done % every == 0 or done == steps):
+            if stage in ("demos", "ppo") and (done % every == 0 or done == steps):
                 for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
                     look = evaluation.measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
                     row.update({f"{key}@{n}": look[key] for key in ("em", "peak")})
@@ -397,7 +457,7 @@ def run(rank, world_size, cfg):
                 row = dict(stage=stage, agent=agent, step=done, minutes=(time.perf_counter() - started) / 60, **row)
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
-                if stage == "ppo" or done % 50 == 0 or done == steps:
+                if stage == "ppo" or done % (10 if stage == "judge" else 50) == 0 or done == steps:
                     say(line(stage, agent, done, steps, row, (time.perf_counter() - began) * (steps - done)))
             stopping = int(most(torch.tensor([signals[-1]], device=cfg.device)))
             if done % every == 0 or done == steps or stopping:
@@ -451,7 +511,8 @@ def line(stage, agent, step, steps, row, seconds):
     tail = f"{row['tok_s'] / 1e3:4.1f}k tok/s | eta {seconds / 60:.0f}m"
     looks = "".join(f" | em@{key[3:]} {row[key]:.2f}" for key in row if key.startswith("em@"))
     if stage != "ppo":
-        return f"{head}loss {row['loss']:.4f}{looks} | {tail}"
+        agrees = f" | agrees {row['agrees']:.0%}" if stage == "judge" else ""
+        return f"{head}loss {row['loss']:.4f}{agrees}{looks} | {tail}"
     return (f"{head}reward {row['reward']:.2f} | em {row['em']:.2f}/{row['of']:.1f} | peak {row['peak']:.0f} vs full "
             f"{row['unpruned']:.0f} ({row['unpruned'] / row['peak']:.1f}x) | turns {row['turns']:.1f} | kl {row['kl']:.3f} | "
             f"clip {row['clip']:.0%} | ent {row['ent']:.2f} | ev {row['ev']:.2f} | gap {row['gap']:.0e}{looks} | {tail}")
@@ -557,7 +618,7 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=list(envs.REWARDS))
+    choices = dict(preset=list(PRESETS), env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=[*envs.REWARDS, "judge"])
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -603,7 +664,7 @@ def check(cfg, error):
         bounds = getattr(cfg, name)
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
             error(f"--{name} {getattr(cfg, name)}: expected the fewest and the most, e.g. --{name} 1 2")
-    for name in ("n_layer", "n_head", "n_embd", "primer_steps", "primer_batch", "demos_steps", "demos_batch", "ppo_steps", "ppo_batch",
+    for name in ("n_layer", "n_head", "n_embd", "primer_steps", "primer_batch", "demos_steps", "demos_batch", "ppo_steps", "ppo_batch", "judge_steps",
                  "ppo_epochs", "ppo_minibatches", "eval_every", "eval_episodes", "valid_episodes", "threads", "pack_tokens", "top_k"):
         if getattr(cfg, name) < 1:
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least 1")
@@ -627,6 +688,8 @@ def check(cfg, error):
     for name in "objectives", "eval_objectives":
         if not all(1 <= n <= farthest for n in getattr(cfg, name)):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
+    if cfg.judge_batch < 2 * processes:
+        error(f"--judge-batch {cfg.judge_batch}: expected at least two episodes for each process (--nproc {processes})")
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
         if getattr(cfg, name) < processes:
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {processes} processes (--nproc)")
