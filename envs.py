@@ -55,7 +55,40 @@ ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a state or an answer: index, answer
 OPEN = rf"(#\d+) :+ ({WORD})((?: (?!user ){WORD})*) (#\d+|\.)"  # in a state: index, subject and relations still open, next index
 
 
-class ComposedQA:
+class World:
+    """A task of N objectives, turn by turn: what all worlds share. Each adds the task, act(), mark() and an expert.
+
+    prompt   the task as text
+    golds    [(index, answer), ...], what would be right
+    paths    {index: facts that lead to the answer}, where there are such
+
+    After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it, and
+    `gains` what each turn earned by itself, if such things are paid for (REWARDS).
+    """
+
+    def __init__(self, n_objectives, max_turns):
+        self.n_objectives, self.max_turns = n_objectives, max_turns
+        self.turn, self.done, self.cause, self.em, self.f1, self.partial, self.gains, self.paths = 0, False, None, 0, 0.0, 0, [], {}
+
+    def step(self, kind, text):
+        """One turn: `kind` is "query" or "answer", `text` any string at all. Returns the observation.
+
+        Every observation says how many turns are left (MEM1 sec. 4.1), and with one left that the
+        answer is due. Any other kind is malformed output: it ends the episode with nothing earned.
+        """
+        assert not self.done, "step() after the end of the episode"
+        self.turn += 1
+        self.gains.append(0.0)
+        left = self.max_turns - self.turn
+        if kind == "query" and left > 0:
+            return f" left={left}{' answer now' if left == 1 else ''} {self.act(text)}"
+        self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
+        if kind == "answer":
+            self.em, self.f1, self.partial = self.mark(text)
+        return ""
+
+
+class ComposedQA(World):
     """N multi-hop questions over a knowledge base, behind a search tool.
 
     n_objectives  N, the horizon
@@ -72,19 +105,16 @@ class ComposedQA:
     facts         None: a world invented for this episode alone; else Facts, see read_facts()
     asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
 
-    After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it,
-    and `gains` has half of the share of the facts that are needed which came to light in each turn.
+    A turn gains half of the share of the facts needed that it brings to light.
     """
 
     def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",), facts=None, asked_for=None):
         assert 1 <= n_objectives <= len(INDICES), f"n_objectives is {n_objectives}, expected 1 to {len(INDICES)}"
         assert facts or n_objectives * hops[1] <= len(NAMES), f"{n_objectives} objectives of {hops[1]} hops need more than {len(NAMES)} names"
         assert 1 <= hops[0] <= hops[1] and (facts or hops[1] + distractors <= len(RELATIONS)), f"hops {hops}, distractors {distractors}"
+        super().__init__(n_objectives, max_turns or hops[1] * n_objectives + 2)
         rng = np.random.default_rng(seed)
-        self.n_objectives, self.top_k = n_objectives, top_k
-        self.max_turns = max_turns or hops[1] * n_objectives + 2
-        self.turn, self.done, self.cause, self.em, self.f1, self.partial = 0, False, None, 0, 0.0, 0
-
+        self.top_k = top_k
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # a random start: see every index in training
         indices = INDICES[first : first + n_objectives]
         kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
@@ -98,31 +128,22 @@ class ComposedQA:
         self.questions = [" ".join([index, *asked(start, relations)]) for index, (start, relations, _) in zip(indices, questions)]
         self.paths = {index: path for index, (*_, path) in zip(indices, questions)}  # the facts that lead to each answer
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
-        self.needed, self.shown, self.gains = {fact for path in self.paths.values() for fact in path}, set(), []
+        self.needed, self.shown = {fact for path in self.paths.values() for fact in path}, set()
         self.prompt = " " + " ".join([*head, *self.questions, STOP])
         self.tally = functools.reduce(lambda tally, gold: fold(head, tally, *gold), self.golds, start_of(head))
 
-    def step(self, kind, text):
-        """One turn: `kind` is "query" or "answer", `text` any string at all. Returns the observation.
+    def act(self, text):
+        """A search."""
+        found, before = self.search(text), len(self.shown)
+        self.shown |= {fact for fact in self.needed if any(fact in page for page in found)}
+        self.gains[-1] = 0.5 * (len(self.shown) - before) / len(self.needed)
+        return ", ".join(found) or "nothing found"
 
-        Every observation says how many turns are left (MEM1 sec. 4.1), and with one left that the
-        answer is due. Any other kind is malformed output: it ends the episode with nothing earned.
-        """
-        assert not self.done, "step() after the end of the episode"
-        self.turn += 1
-        left = self.max_turns - self.turn
-        before = len(self.shown)
-        found = self.search(text) if kind == "query" and left > 0 else []
-        self.shown |= {fact for fact in self.needed if any(fact in text for text in found)}
-        self.gains.append(0.5 * (len(self.shown) - before) / len(self.needed))
-        if kind == "query" and left > 0:
-            return f" left={left}{' answer now' if left == 1 else ''} {', '.join(found) or 'nothing found'}"
-        self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
-        if kind == "answer":
-            self.em, self.f1, self.partial = score(text, self.golds)
-        if kind == "answer" and self.tally:  # one word for all objectives
-            self.em = self.f1 = self.partial = self.n_objectives * (words(text) == self.tally.split()[:1])
-        return ""
+    def mark(self, text):
+        """(em, f1, partial) of an answer."""
+        if self.tally:  # one word for all objectives
+            return 3 * (self.n_objectives * (words(text) == self.tally.split()[:1]),)
+        return score(text, self.golds)
 
     def search(self, query):
         return self._search(query, self.top_k)
@@ -409,9 +430,8 @@ class Dialogue(ComposedQA):
             turn = int(rng.integers(1, sure + 1))
             self.messages[turn] = f"{self.messages.get(turn, '')} {message}"
 
-    def step(self, kind, text):
-        observation = super().step(kind, text)
-        return observation if self.done else observation + self.messages.get(self.turn, "")
+    def act(self, text):
+        return super().act(text) + self.messages.get(self.turn, "")
 
 
 SHOP_WORDS = "want under search click next end chosen buy in nothing happens".split()
@@ -420,7 +440,7 @@ TRAITS = "cotton warm light round small soft matt thin plain strong old new".spl
 COLORS = "red blue green black white grey".split()
 
 
-class Shop:
+class Shop(World):
     """WebShop (arXiv 2207.01206) in miniature: find the product that fits best among N of its type, and buy it.
 
     >>> env = Shop(2, seed=2)
@@ -442,8 +462,7 @@ class Shop:
     def __init__(self, n_objectives=2, seed=0, max_turns=None):
         rng = np.random.default_rng(seed)
         pick = lambda words, n: [str(word) for word in rng.choice(words, n, replace=False)]
-        self.n_objectives, self.max_turns = n_objectives, max_turns or 2 * n_objectives + 6
-        self.turn, self.done, self.cause, self.em, self.f1, self.partial = 0, False, None, 0, 0.0, 0
+        super().__init__(n_objectives, max_turns or 2 * n_objectives + 6)
         (self.type, *others), self.traits, (self.color,), self.limit = pick(TYPES, 4), pick(TRAITS, 2), pick(COLORS, 1), int(rng.integers(30, 60))
         self.prompt = f" want {self.type} {' '.join(self.traits)} in {self.color} under #{self.limit} ."
         self.products = {}  # id -> (type, traits, colors, price)
@@ -454,7 +473,7 @@ class Shop:
             index = pick([*self.products][:n_objectives], 1)[0]
             self.products[index] = self.type, pick([*self.traits, *more[0]], 3), pick([self.color, *more[1]], 3), int(rng.integers(self.limit + 1))
         self.shelf = pick([*self.products], len(self.products))
-        self.results, self.open, self.chosen, self.gains, self.paths = [], None, None, [], {}
+        self.results, self.open, self.chosen = [], None, None
         self.golds = [(max(self.products, key=lambda index: self.worth(index, self.color)), "")]
 
     def worth(self, index, color):
@@ -462,22 +481,10 @@ class Shop:
         kind, traits, colors, price = self.products[index]
         return (kind == self.type) * (sum(trait in traits for trait in self.traits) + (color == self.color and color in colors) + (price <= self.limit)) / 4
 
-    def step(self, kind, text):
-        assert not self.done, "step() after the end of the episode"
-        self.turn += 1
-        self.gains.append(0.0)
-        left = self.max_turns - self.turn
-        if kind == "query" and left > 0:
-            return f" left={left}{' answer now' if left == 1 else ''} {self.act(*(words(text)[:9] + ['', ''])[:2], words(text)[1:9])}"
-        self.done, self.cause = True, {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
-        if kind == "answer" and words(text) == ["buy"] and self.open:
-            self.em = self.f1 = self.partial = self.n_objectives * self.worth(self.open, self.chosen)
-        return ""
-
-    def act(self, verb, what, query):
-        """What the shop answers."""
+    def act(self, text):
+        verb, what, *_ = words(text)[:2] + ["", ""]
         if verb == "search":
-            fits = lambda index: -sum(word in (self.products[index][0], *self.products[index][1]) for word in query)
+            fits = lambda index: -sum(word in (self.products[index][0], *self.products[index][1]) for word in words(text)[1:9])
             self.results = sorted((index for index in self.shelf if fits(index)), key=fits)
         elif verb == "next":
             self.results = self.results[3:]
@@ -492,6 +499,9 @@ class Shop:
             return "nothing happens"
         page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:3]]
         return " , ".join([*page, "next" if self.results[3:] else "end"])
+
+    def mark(self, text):
+        return 3 * (self.n_objectives * self.worth(self.open, self.chosen) if self.open and words(text) == ["buy"] else 0.0,)
 
     def expert(self, seen, amnesic=False, style="whole"):
         """The demonstrator: looks at all that can be afforded, and remembers the best. Its state:
