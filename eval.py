@@ -585,8 +585,9 @@ def main():
     elif args.ask:
         if not world.facts:
             parser.error(f"--ask: {args.run} knows an invented world only, other facts in each episode; train with --facts FILE")
+        (model, policy), *_ = chosen.values()
         try:
-            return ask(load(models[next(iter(chosen.values()))[0]], args.device), next(iter(chosen.values()))[1], world, args.ask)
+            return ask(load(models[model], args.device), policy, world, args.ask)
         except ValueError as problem:
             parser.error(f"--ask: {problem}")
     elif args.show:
