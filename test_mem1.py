@@ -1161,6 +1161,13 @@ def test_every_test_and_flag_that_the_readme_names_exists():
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | elsewhere
 
 
+def test_the_readme_shows_what_was_measured():
+    text, one = (HERE / "README.md").read_text(), json.loads((HERE / "assets" / "results.json").read_text())
+    shown = dict(re.findall(r"<!-- table: (.+?) -->\n\n(.*?)\n\n<!-- end -->", text, re.S))
+    tables = evaluation.report(one)
+    assert len(shown) > 5 and all(tables[name] == table for name, table in shown.items())
+
+
 @pytest.mark.parametrize("module", [envs, model_py, mem1, ppo, train, evaluation], ids=lambda m: m.__name__)
 def test_the_examples_in_the_docstrings_hold(module):
     failed, _ = doctest.testmod(module)
