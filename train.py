@@ -568,7 +568,7 @@ def sweep(cfg, given):
         for field in fields:
             if field not in ("device", "threads") and config[field] != fields[field]:
                 sys.exit(f"train.py: {out / name} is finished, with {field} {config[field]}, not {fields[field]}; leave the flag away, or give another --out")
-    print(f"{len(jobs)} runs, {len(waiting)} of them to do, {cfg.nproc} side by side; {forecast(waiting, assets, cfg.nproc)}", flush=True)
+    print(f"{len(jobs)} runs, {len(waiting)} of them to do, {cfg.nproc} side by side; {forecast([jobs[name] for name in waiting], assets, cfg.nproc)}", flush=True)
 
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, lambda number, frame: stopped.append(number))
@@ -603,13 +603,14 @@ def sweep(cfg, given):
     print(f"results in {assets / 'results.json'}; the tables: python eval.py --table {' '.join(str(out / name) for name in jobs)}")
 
 
-def forecast(names, assets, nproc):
-    """How long these runs of a sweep will take, going by the last sweep's."""
+def forecast(jobs, assets, nproc):
+    """How long these runs will take, going by what an agent took in the last sweep; twice the weights take twice as long."""
     if not (assets / "results.json").is_file():
         return f"how long they take is not known: there is no {assets / 'results.json'} of an earlier sweep"
     meta = json.loads((assets / "results.json").read_text())["meta"]
-    kind = lambda name: [run["minutes"] for key, run in meta.items() if key.split("-")[0] == name.split("-")[0]] or [0.0]
-    hours = sum(np.mean(kind(name)) for name in names) / 60 / nproc
+    narrow = min(run["config"]["n_embd"] for run in meta.values())
+    agent = np.mean([run["minutes"] / len(run["config"]["agents"]) for run in meta.values() if run["config"]["n_embd"] == narrow])
+    hours = sum(agent * len(job["agents"]) * (2 if job["agents"] == ["full"] else 1) for job in jobs) / 60 / nproc
     return f"about {hours:.1f} hours, going by the last sweep ({next(iter(meta.values()))['machine']}, and its flags)"
 
 
