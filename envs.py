@@ -51,7 +51,7 @@ WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "an
 KINDS = ["list", "chain", "count", "compare"]  # of tasks, see ComposedQA
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # a name: of any script, without white space and ASCII punctuation (but for _)
-ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a state or an answer: index, answer
+ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a state or an answer: index, answer (`user` begins what is said in a Dialogue)
 OPEN = rf"(#\d+) :+ ({WORD})((?: (?!user ){WORD})*) (#\d+|\.)"  # in a state: index, subject and relations still open, next index
 
 

@@ -184,7 +184,7 @@ class Trajectory:
 
     @property
     def dependency(self):
-        """How many tokens all that was written looked back on (MEM1 app. A.4): token i of a turn on `seen` + i."""
+        """How many tokens all that was written looked back on (MEM1 app. A.4): token i of a turn, from 0, on `seen` + i and half of itself."""
         return sum((seen + wrote / 2) * wrote for seen, wrote in self.spans)
 
     @property
@@ -599,7 +599,7 @@ def stitched(traj, released=False):
     branch, turn, part = Branch(), [-1] * len(traj.task), ["task"] * len(traj.task)
     for t, this in enumerate(traj.turns):
         branch.extend(this.state[:1], trained=False)  # its <IS> is given
-        branch.extend(this.state[1:] + this.action, trained=True)
+        branch.extend(this.written, trained=True)
         branch.extend(this.info, trained=False)
         for name, ids in vars(this).items():  # state, action, info
             turn += [t] * len(ids)

@@ -504,6 +504,19 @@ def test_the_demonstrator_solves_every_size_unless_it_forgets_or_has_no_turns(n,
         assert hurried.cause == "answered" and 3 < hurried.em < 10  # it answers in time, with what it has
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_dependency_is_what_each_written_token_looked_back_on(policy):
+    traj = demonstrate(envs.ComposedQA(5, seed=1), policy)
+    looked = 0.0
+    for t, turn in enumerate(traj.turns):
+        context = [*(policy(traj.turns[:t]) if t else []), IS]
+        for token in turn.written:
+            looked += len(context) + 0.5
+            context.append(token)
+    assert traj.dependency == looked > 0
+    assert policy is mem1.full or looked < demonstrate(envs.ComposedQA(5, seed=1), mem1.full).dependency  # control
+
+
 @pytest.mark.parametrize("n", [2, 5, 16])
 def test_a_chained_question_needs_the_answer_of_an_earlier_one(n):
     chained = 0

@@ -527,10 +527,10 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
-    if cfg.facts and Path(cfg.facts).resolve().parent != out.resolve():  # the run keeps a copy: its vocabulary must not change
-        cfg.facts = shutil.copy(cfg.facts, out)
     if cfg.sweep:
         return sweep(cfg, given)
+    if cfg.facts and Path(cfg.facts).resolve().parent != out.resolve():  # the run keeps a copy: its vocabulary must not change
+        cfg.facts = shutil.copy(cfg.facts, out)
     if "RANK" in os.environ:  # under torchrun
         return run(int(os.environ["RANK"]), cfg.nproc, cfg)
     if cfg.nproc == 1:
@@ -566,7 +566,7 @@ def sweep(cfg, given):
             continue
         config = json.loads((out / name / "config.json").read_text())["config"]
         for field in fields:
-            if field not in ("device", "threads") and config[field] != fields[field]:
+            if field not in ("device", "threads", "facts") and config[field] != fields[field]:
                 sys.exit(f"train.py: {out / name} is finished, with {field} {config[field]}, not {fields[field]}; leave the flag away, or give another --out")
     print(f"{len(jobs)} runs, {len(waiting)} of them to do, {cfg.nproc} side by side; {forecast([jobs[name] for name in waiting], assets, cfg.nproc)}", flush=True)
 
@@ -640,9 +640,10 @@ def parse_arguments():
         if set(preset) != {f.name for f in dataclasses.fields(Config)}:
             parser.error(f"--resume: {saved.parent} was begun by another version of train.py; go on with that one, or begin anew")
         for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "preset"}:
-            if given[name] != preset[name]:
+            same = Path(given[name]).name == Path(preset[name]).name if name == "facts" else given[name] == preset[name]  # of the facts the run has a copy
+            if not same:
                 parser.error(f"--{name.replace('_', '-')} {given[name]}: this run began with {preset[name]}; leave the flag away")
-        given.pop("preset", None)
+        given.pop("preset", None), given.pop("facts", None)
     cfg = Config(**{**preset, **given})
     if "sweep" in given:
         for name in given.keys() & {"resume", "start", "agents", "seed"}:
@@ -676,7 +677,7 @@ def check(cfg, error):
     except (OSError, ValueError) as problem:
         error(f"--facts: {problem}")
     if (cfg.facts or cfg.env != "qa") and [*cfg.kinds] != ["list"]:
-        error(f"--kinds {' '.join(cfg.kinds)}: here there are no other kinds than list; leave one away")
+        error(f"--kinds {' '.join(cfg.kinds)}: in --env {cfg.env}{' --facts' * bool(cfg.facts)} there are no other kinds than list; leave one away")
     if cfg.facts and cfg.env != "qa":
         error(f"--facts {cfg.facts} --env {cfg.env}: a file of facts is asked about in --env qa; leave one away")
     for line in told:
