@@ -672,6 +672,8 @@ def test_an_agent_is_trained_on_a_file_and_can_be_asked(tmp_path, monkeypatch, c
     (tmp_path / "facts.tsv").write_text((HERE / "assets" / "countries.tsv").read_text())
     code, text, err = script("train.py", *TINY, "--agents", "mem1", "--facts", tmp_path / "facts.tsv", "--kinds", "list", "--out", tmp_path / "run")
     assert code == 0 and "345 facts" in text, err
+    code, _, err = script("train.py", "--resume", "--facts", tmp_path / "facts.tsv", "--out", tmp_path / "run")
+    assert code == 0, err  # the same facts, by the name of their file
     (tmp_path / "facts.tsv").unlink()  # the run has its own
     code, text, err = script("eval.py", tmp_path / "run", "--ask", "japan capital; peru capital river")
     assert code == 0 and ": Japan capital" in text and "Peru capital river: no answer (wrong: Rímac)" in text, (text, err)
