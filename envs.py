@@ -40,7 +40,8 @@ import numpy as np
 RELATIONS = ("heir rival mentor ally spouse pupil guard cousin deputy doctor tenant neighbour").split()
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
-NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)[:200]]
+ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)]
+NAMES = ALL_NAMES[:200]  # the others are no tokens: an agent has to spell them
 INDICES = [f"#{i}" for i in range(80)]  # wider than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
 LIST = ";"  # begins the list that an agent keeps
@@ -60,6 +61,7 @@ class World:
 
     prompt   the task as text
     golds    [(index, answer), ...], what would be right
+    width    tokens that a name has at most
     paths    {index: facts that lead to the answer}, where there are such
 
     After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it, and
@@ -67,7 +69,7 @@ class World:
     """
 
     def __init__(self, n_objectives, max_turns):
-        self.n_objectives, self.max_turns = n_objectives, max_turns
+        self.n_objectives, self.max_turns, self.width = n_objectives, max_turns, 1
         self.turn, self.done, self.cause, self.em, self.f1, self.partial, self.gains, self.paths = 0, False, None, 0, 0.0, 0, [], {}
 
     def step(self, kind, text):
@@ -104,22 +106,23 @@ class ComposedQA(World):
                       compare  the answers are numbers: the index of the question with the largest
     facts         None: a world invented for this episode alone; else Facts, see read_facts()
     asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
+    names         of which a world is invented: the first 200 are one token each, all others several
 
     A turn gains half of the share of the facts needed that it brings to light.
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",), facts=None, asked_for=None):
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",), facts=None, asked_for=None, names=len(NAMES)):
         assert 1 <= n_objectives <= len(INDICES), f"n_objectives is {n_objectives}, expected 1 to {len(INDICES)}"
-        assert facts or n_objectives * hops[1] <= len(NAMES), f"{n_objectives} objectives of {hops[1]} hops need more than {len(NAMES)} names"
+        assert facts or n_objectives * hops[1] <= names, f"{n_objectives} objectives of {hops[1]} hops need more than {names} names"
         assert 1 <= hops[0] <= hops[1] and (facts or hops[1] + distractors <= len(RELATIONS)), f"hops {hops}, distractors {distractors}"
         super().__init__(n_objectives, max_turns or hops[1] * n_objectives + 2)
         rng = np.random.default_rng(seed)
-        self.top_k = top_k
+        self.top_k, self.width = top_k, 1 if names <= len(NAMES) else 1 + max(map(len, NAMES))
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # a random start: see every index in training
         indices = INDICES[first : first + n_objectives]
         kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
         if facts is None:
-            head, questions, triples = invent(indices, hops, distractors, kind, rng)
+            head, questions, triples = invent(indices, hops, distractors, kind, rng, ALL_NAMES[:names])
             self._search = Search(about(triples))
         else:
             questions = [facts.follow(*question) for question in asked_for] if asked_for else facts.draw(n_objectives, hops, rng)
@@ -153,19 +156,19 @@ class ComposedQA(World):
         return demonstrator(self.prompt, seen, amnesic, style)
 
 
-def invent(indices, hops, distractors, kind, rng):
+def invent(indices, hops, distractors, kind, rng, pool=NAMES):
     """A world of its own: head of the task [word, ...], questions [(subject, relations, the facts that lead to the answer), ...],
-    all facts [(subject, relation, object), ...]."""
-    n, names = len(indices), iter(map(str, rng.permutation(NAMES)))  # a name is the subject of one chain only
-    head, earlier, draw = [], {}, lambda: str(rng.choice(NAMES))
+    all facts [(subject, relation, object), ...]. Names are from `pool`."""
+    n, names = len(indices), iter(map(str, rng.permutation(pool)))  # a name is the subject of one chain only
+    head, earlier, draw = [], {}, lambda: str(rng.choice(pool))
     if kind == "chain":
         for i in range(1, n):
             free = sorted({*range(i)} - {*earlier.values()})
             if rng.random() < 0.5:
                 earlier[i] = int(rng.choice(free))  # the question whose answer is its subject; an answer is taken up once at most
     elif kind == "count":
-        head = ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(NAMES))]
-        draw = lambda: head[2] if rng.random() < 0.5 else str(rng.choice(NAMES))
+        head = ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
+        draw = lambda: head[2] if rng.random() < 0.5 else str(rng.choice(pool))
     elif kind == "compare":
         head, numbers = ["compare"], iter(rng.permutation(INDICES))
         draw = lambda: str(next(numbers))
@@ -178,7 +181,7 @@ def invent(indices, hops, distractors, kind, rng):
         for j, relation in enumerate(chain):
             answer = draw() if j == len(chain) - 1 and i not in earlier.values() else next(names)
             triples.append((subject, relation, answer))
-            triples += [(subject, str(r), str(rng.choice(NAMES))) for r in rng.choice(others, distractors, replace=False)]
+            triples += [(subject, str(r), str(rng.choice(pool))) for r in rng.choice(others, distractors, replace=False)]
             path.append(f"{subject} {relation} {answer}")
             subject = answer
         questions.append((start, chain, path))
@@ -339,7 +342,7 @@ def make(world, n_objectives, seed, max_turns=None):
     settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds
     if world.env != "qa":
         return {"web": WebQA, "dialogue": Dialogue}[world.env](*settings)
-    return ComposedQA(*settings, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None)
+    return ComposedQA(*settings, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None, names=world.names)
 
 
 def words_of(world):
@@ -347,6 +350,11 @@ def words_of(world):
     more = dict(dialogue=["user", "-"], shop=[*SHOP_WORDS, *TYPES, *TRAITS, *COLORS]).get(world.env, [])
     facts = read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else []
     return [*sorted({"count", "compare"} & {*world.kinds}), *more, *facts]
+
+
+def spelled(world):
+    """The names that are no tokens."""
+    return ALL_NAMES[len(NAMES) : world.names]
 
 
 @functools.cache
@@ -541,7 +549,7 @@ def farthest(world):
     """The longest horizon that there are indices, and in an invented world names, for."""
     if world.env == "shop":
         return len(INDICES) * 2 // 3
-    return len(INDICES) if world.facts else min(len(INDICES), len(NAMES) // world.hops[1])
+    return len(INDICES) if world.facts else min(len(INDICES), world.names // world.hops[1])
 
 
 def asked(subject, relations):

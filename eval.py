@@ -26,7 +26,9 @@ Greedy decoding. Episodes come from seeds that no training and no validation epi
     state, query, info, answer   longest of the episode, in tokens
 """
 import argparse
+import datetime
 import difflib
+import functools
 import json
 import math
 import os
@@ -47,7 +49,7 @@ from tqdm import tqdm
 
 import envs
 from mem1 import ENC, LAYOUTS, POLICIES, TAG_IDS, Turn, demonstrate, evaluate, expert, mem1, pack, parse, recorded, rollout
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fits, restore, write_atomically
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
 BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
@@ -65,9 +67,15 @@ def measure(model, policy, world, n_objectives, episodes, split, rank=0, world_s
     rows = [measures(traj, policy) for traj in play(model, policy, world, n_objectives, episodes, split, rank, world_size)]
     if world_size > 1:
         parts = [None] * world_size
-        dist.all_gather_object(parts, rows)
+        dist.all_gather_object(parts, rows, patient())
         rows = sum(parts, [])
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+@functools.cache
+def patient():
+    """A group of all processes that waits half an hour for the slowest: an agent that does not stop in time plays long."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
 
 
 def measures(traj, policy):
@@ -424,13 +432,13 @@ def put_into_readme(one, path):
     """Replace what stands between `<!-- table: NAME -->` and `<!-- end -->` by the tables of report()."""
     tables = report(one)
     text = re.sub(r"(<!-- table: ([\w ]+) -->\n).*?(?=<!-- end -->)", lambda m: f"{m[1]}\n{tables[m[2]]}\n\n", path.read_text(), flags=re.S)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, text.encode())
 
 
 def publish(one, out):
     """results.json and the figures into `out`, the tables into the README beside it."""
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(one, indent=1) + "\n"))
+    write_atomically(out / "results.json", json.dumps(one, indent=1).encode() + b"\n")
     if (readme := out.parent / "README.md").is_file():
         put_into_readme(one, readme)
     draw(one, out)
@@ -488,29 +496,73 @@ def provenance():
                 python=platform.python_version(), torch=torch.__version__)
 
 
-def write_atomically(path, write):
-    """Call write(temporary path), then rename: a reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-ADDED_LATER = dict(env="qa", kinds=("list",), facts="", skip_bad_facts=False)  # what the configuration of an older run does not say
+ADDED_LATER = dict(env="qa", kinds=("list",), facts="", skip_bad_facts=False, names=200)  # what the configuration of an older run does not say
+CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the last one of a run, and the one before it
 
 
 def load_run(path):
     """(world, models) of a run's directory; exits with one line if there is no such run."""
-    config, checkpoint = Path(path) / "config.json", Path(path) / "checkpoint.pt"
-    for file in config, checkpoint:
-        if not file.is_file():
-            sys.exit(f"eval.py: {file} does not exist; expected the directory of a run of train.py, such as runs/cpu")
-    world = SimpleNamespace(**{**ADDED_LATER, **json.loads(config.read_text())["config"]})
-    world.facts = world.facts and str(Path(path) / Path(world.facts).name)  # the run's own copy
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        sys.exit(f"eval.py: {config} does not exist; expected the directory of a run of train.py, such as runs/cpu")
+    try:
+        world = SimpleNamespace(**{**ADDED_LATER, **json.loads(config.read_text())["config"]})
+        world.facts = world.facts and str(Path(path) / Path(world.facts).name)  # the run's own copy
+        if min(world.n_layer, world.n_head, world.n_embd // 2 // world.n_head, world.eval_episodes, *world.eval_objectives) < 1 or max(world.eval_objectives) > envs.farthest(world):
+            raise ValueError("a number that is too small or too large")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as problem:
+        sys.exit(f"eval.py: {config} is not the configuration of a run ({type(problem).__name__}: {problem})")
     try:
         ENC.add(envs.words_of(world))
     except (OSError, ValueError) as problem:
         sys.exit(f"eval.py: {path}: the facts that this run was trained on: {problem}")
-    return world, torch.load(checkpoint, map_location="cpu", weights_only=True)["models"]
+    try:
+        state, told = last_state(path, world)
+    except ValueError as problem:
+        sys.exit(f"eval.py: {problem}")
+    print(*(f"eval.py: {line}" for line in told), sep="\n", end="\n" * bool(told), file=sys.stderr)
+    return world, state["models"]
+
+
+def last_state(path, world):
+    """(state of a run in its last checkpoint that is whole, [what is wrong with a later one]). ValueError if there is none."""
+    told = []
+    for name in CHECKPOINTS:
+        try:
+            state = restore(Path(path) / name)
+            if wrong := misfit(state, world):
+                raise ValueError(f"{Path(path) / name}: its {wrong} is not such as a run with this config.json has")
+            return state, [f"{line}; the one before is taken instead" for line in told]
+        except ValueError as problem:
+            told.append(str(problem))
+    raise ValueError("; ".join(told))
+
+
+def misfit(state, world):
+    """The name of what in a checkpoint does not fit the configuration of its run; None if all does."""
+    kinds = dict(stage=int, step=int, skipped=int, seconds=float, models=dict)
+    if not isinstance(state, dict) or {*state} != {*kinds, "model", "optimiser", "best"}:
+        return "list of contents"
+    for name, kind in kinds.items():
+        if type(state[name]) is not kind or kind is not dict and not 0 <= state[name] < 2**40:
+            return name
+    for name, saved in state["models"].items():
+        if not isinstance(saved, list) or len(saved) != 2 or not isinstance(saved[0], dict) or {*saved[0]} != {*vars(GPTConfig(0))}:
+            return f"model {name}"
+        config = GPTConfig(**saved[0])
+        if config != GPTConfig(config.vocab_size, world.n_layer, world.n_head, world.n_embd) or config.vocab_size not in range(1, ENC.n_vocab + 1) or not fits(saved[1], config):
+            return f"model {name}"
+    config = GPTConfig(ENC.n_vocab, world.n_layer, world.n_head, world.n_embd)
+    if state["model"] is not None and not fits(state["model"], config):
+        return "model"
+    if state["best"] is not None and not (isinstance(state["best"], list) and type(state["best"][0]) is float and fits(state["best"][-1], config)):
+        return "best"
+    shapes = lambda x: x.shape if isinstance(x, torch.Tensor) else {k: shapes(v) for k, v in x.items()} if isinstance(x, dict) else None
+    moments = {i: dict(step=(), exp_avg=w.shape, exp_avg_sq=w.shape) for i, w in enumerate((state["model"] or {}).values())}
+    optimiser = state["optimiser"]
+    if optimiser is not None if state["model"] is None else not isinstance(optimiser, dict) or shapes(optimiser.get("state")) not in (moments, {}):  # {}: no step yet
+        return "optimiser"
+    return None
 
 
 def numbers(text):

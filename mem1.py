@@ -363,9 +363,9 @@ def expert(env, policy, turns, amnesic=False):
     return [*encode(state), QUERY if kind == "query" else ANSWER, *encode(text), END]
 
 
-def turn_cap(n_objectives):
+def turn_cap(env):
     """Tokens that an agent may write in a turn: a state that holds all objectives, and half as much again."""
-    return 24 + 3 * n_objectives
+    return (2 + env.width) * (8 + env.n_objectives)
 
 
 @torch.no_grad()
@@ -377,7 +377,7 @@ def rollout(model, environments, policy, rngs=None):
     """
     device, dtype, started = model.emb.weight.device, model.emb.weight.dtype, time.perf_counter()
     trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in environments]
-    cache = Cache(model.config, len(trajs), device, dtype)
+    cache = Cache(model, len(trajs))
     feed(model, cache, [traj.task for traj in trajs])  # the trunk: encoded once an episode
     cache.keep_prompt()
     live = trajs  # live[b]: the episode in row b of the cache
@@ -388,7 +388,7 @@ def rollout(model, environments, policy, rngs=None):
         pending = [traj.branches[-1].ids[0 if new else traj.cached :] for traj, new in zip(live, pruned)]
         hidden = feed(model, cache, pending)  # (B, C)
         # 2. All write. An episode draws as many numbers whatever its neighbours do.
-        caps, uniform = [turn_cap(traj.env.n_objectives) for traj in live], None
+        caps, uniform = [turn_cap(traj.env) for traj in live], None
         if rngs is not None:
             draws = [np.pad(1 - rng.random(cap), (0, max(caps) - cap)) for rng, cap in zip(rngs, caps)]
             uniform = torch.tensor(np.stack(draws), device=device, dtype=dtype)  # (B, max cap)
@@ -433,7 +433,7 @@ def write(model, cache, hidden, caps, uniform):
         value[mine, t] = model.value(hidden)
         length[mine] += writing
         writing = writing & (ids[mine, t] != END) & (t + 1 < cap[mine])
-        n_writing = int(writing.sum())  # the one wait for the device in this loop, with the one in reserve()
+        n_writing = int(writing.sum())  # the one wait for the device in this loop
         if n_writing == 0:
             break
         if n_writing <= 0.75 * cache.B:
@@ -482,7 +482,8 @@ class Pack:
     see: object = None  # (R, S, P+S) bool, in layouts that are not a tree: what each token may attend to
 
     def to(self, device):
-        return Pack(**{name: x if x is None else x.to(device, non_blocking=True) for name, x in vars(self).items()})
+        pin = (lambda x: x.pin_memory()) if torch.device(device).type == "cuda" else lambda x: x  # then the copy does not wait
+        return Pack(**{name: x if x is None else pin(x).to(device, non_blocking=True) for name, x in vars(self).items()})
 
 
 def pack(trajs, budget=8192, which=None):

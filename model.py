@@ -6,6 +6,7 @@
 One `forward` serves both sides of reinforcement learning, so that they cannot disagree:
     the sampler   looks back on a `Cache`: static buffers, written in place, rolled back to the prompt
     the learner   looks back on a `Prefix`: the prompt's keys and values, kept differentiable
+At the end: how a model is kept in a file, such that no crash, no full disk and no flipped bit goes unseen.
 
 Differs from GPT-2, each because half a million weights have to learn to look things up in minutes:
 1) a causal convolution of width 4 before q, k, v (a "Canon layer", arXiv 2512.17351): a token sees
@@ -13,6 +14,11 @@ Differs from GPT-2, each because half a million weights have to learn to look th
 2) rotary positions (arXiv 2104.09864) on part of each head; no learned positions, no biases;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
 """
+import contextlib
+import hashlib
+import io
+import json
+import os
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +45,7 @@ class GPT(nn.Module):
         self.config = config
         C = config.n_embd
         self.hs = C // config.n_head
+        self.half = False  # matrix products in bfloat16; weights, softmax, logits, values and losses in float32 all the same
         self.rope = self.hs // 3 * 2 // 2 * 2  # channels of a head that carry the position: two thirds, an even number
         self.emb = nn.Embedding(config.vocab_size, C)
         self.ln_in, self.ln_out = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
@@ -54,14 +61,15 @@ class GPT(nn.Module):
         n (B,): how many of the T tokens are real, the rest is padding on the right; None: all are.
         Padding can not be seen by any real token, since it stands after them all.
         """
-        x = self.ln_in(self.emb(ids))  # (B, T, C)
-        angle = pos[..., None] * self._frequencies(x)  # (B, T, rope/2)
-        rotation = angle.cos()[:, None], angle.sin()[:, None]  # each (B, 1, T, rope/2)
-        bias = past.mask(ids.size(1), ids.device).logical_not().to(x.dtype) * -1e9  # (B or 1, 1, T, L); True may attend -> 0
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotation, bias, past, i, n)  # (B, T, C)
-        past.advance(ids.size(1) if n is None else n)
-        return self.ln_out(x)  # (B, T, C)
+        with torch.autocast(ids.device.type, torch.bfloat16) if self.half else contextlib.nullcontext():
+            x = self.ln_in(self.emb(ids))  # (B, T, C)
+            angle = pos[..., None] * self._frequencies(x)  # (B, T, rope/2)
+            rotation = angle.cos()[:, None], angle.sin()[:, None]  # each (B, 1, T, rope/2)
+            bias = past.mask(ids.size(1), ids.device).logical_not().to(x.dtype) * -1e9  # (B or 1, 1, T, L); True may attend -> 0
+            for i, block in enumerate(self.blocks):
+                x = block(x, rotation, bias, past, i, n)  # (B, T, C)
+            past.advance(ids.size(1) if n is None else n)
+            return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
         """(..., C) -> (..., V). The row at t predicts ids[t+1]."""
@@ -100,15 +108,24 @@ class Block(nn.Module):
         self.proj.weight.data.copy_(0.3 * v.T)
 
     def forward(self, x, rotation, bias, past, i, n):
-        B, T, C = x.shape
-        h = self.ln_1(x)  # (B, T, C)
-        wide = past.with_tail(i, h, n)  # (B, 3+T, C): the last three inputs of the past, then the new ones
-        h = h + sum(wide[:, j : j + T] * self.taps[j] for j in range(WIDTH))  # (B, T, C)
+        wide = past.with_tail(i, self.ln_1(x), n)  # (B, 3+T, C): the last three inputs of the past, then the new ones
+        q, k, v = self.heads(wide, rotation)  # each (B, nh, T, hs)
+        k, v = past.extend(i, k, v)  # each (B, nh, L, hs)
+        return self.output(x, q, k, v, bias)  # (B, T, C)
+
+    def heads(self, wide, rotation):
+        B, T = wide.size(0), wide.size(1) - WIDTH + 1
+        h = wide[:, WIDTH - 1 :] + sum(wide[:, j : j + T] * self.taps[j] for j in range(WIDTH))  # (B, T, C)
         q, k, v = self.qkv(h).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        k, v = past.extend(i, rotate(k, rotation), v)  # each (B, nh, L, hs)
-        y = attend(rotate(q, rotation), k, v, bias)  # (B, nh, T, hs)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return x + self.down(F.relu(self.up(self.ln_2(x))).square())  # (B, T, C)
+        return rotate(q, rotation), rotate(k, rotation), v
+
+    def output(self, x, q, k, v, bias):
+        x = x + self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))  # (B, T, C)
+        return x + self.down(F.relu(self.up(self.ln_2(x))).square())
+
+    def compile(self):
+        """Fuse what has no side effects; the past is left out."""
+        self.heads, self.output = torch.compile(self.heads, dynamic=True), torch.compile(self.output, dynamic=True)
 
 
 def attend(q, k, v, bias):
@@ -186,13 +203,14 @@ class Cache:
     `rollback()` sets n back to the end of the prompt, whose keys and values stay valid for good.
     """
 
-    def __init__(self, config, B, device, dtype):
+    def __init__(self, model, B):
+        config, like = model.config, model.emb.weight  # its device and precision
         nh, C = config.n_head, config.n_embd
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, C, device=device, dtype=dtype)
-        self.n = torch.zeros(B, dtype=torch.long, device=device)  # (B,)
-        self.B, self.used = B, 0  # rows in use (the first B of them); slots in use (the first of each)
+        self.k, self.v = torch.zeros(2, *shape, device=like.device, dtype=torch.bfloat16 if model.half else like.dtype)
+        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, C, device=like.device, dtype=like.dtype)
+        self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
+        self.B, self.used, self.most = B, 0, 0  # rows in use (the first B of them); slots in use (the first of each); no row holds more than this
 
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
@@ -213,12 +231,18 @@ class Cache:
             buffer[:n] = buffer[order]
 
     def reserve(self, T):
-        """Make room for T more tokens in every row, half as much again if there is none. Their positions (B, T)."""
-        need, L = int(self.n[: self.B].max()) + T, self.k.size(3)
-        if need > L:
-            grow = (0, 0, 0, max(need, L * 3 // 2) - L)
+        """Make room for T more tokens in every row, half as much again if there is none. Their positions (B, T).
+
+        Once a turn, when several come at once, it waits for the device to learn how long the longest row is;
+        while tokens come one by one it counts along.
+        """
+        if T > 1:
+            self.most = int(self.n[: self.B].max())
+        self.most, L = self.most + T, self.k.size(3)
+        if self.most > L:
+            grow = (0, 0, 0, max(self.most, L * 3 // 2) - L)
             self.k, self.v = F.pad(self.k, grow), F.pad(self.v, grow)
-        self.used = min(-(-need // 32) * 32, self.k.size(3))  # a multiple of 32: few shapes
+        self.used = min(-(-self.most // 32) * 32, self.k.size(3))  # a multiple of 32: few shapes
         self.slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
         return self.slots
 
@@ -235,8 +259,8 @@ class Cache:
 
     def extend(self, i, k, v):
         B, rows = self.B, torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
-        self.k[i, :B].transpose(1, 2)[rows, self.slots] = k.transpose(1, 2)  # (B, T, nh, hs)
-        self.v[i, :B].transpose(1, 2)[rows, self.slots] = v.transpose(1, 2)
+        for buffer, new in (self.k, k), (self.v, v):
+            buffer[i, :B].transpose(1, 2)[rows, self.slots] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
         return self.k[i, :B, :, : self.used], self.v[i, :B, :, : self.used]  # each (B, nh, L, hs)
 
     def advance(self, n):
@@ -249,3 +273,74 @@ def last_inputs(wide, n):
         return wide[:, n : n + WIDTH - 1]
     at = n[:, None] + torch.arange(WIDTH - 1, device=wide.device)  # (B, 3)
     return wide.gather(1, at[..., None].expand(-1, -1, wide.size(2)))  # (B, 3, C)
+
+
+# ----------------------------------------------------------------------------------------------
+# Files
+
+FORMAT = "mem1 checkpoint 1"  # another number as soon as what is in there changes
+
+
+def write_atomically(path, *parts, previous=None):
+    """Write bytes to a temporary file, see it on the disk, rename: a reader finds the old file or the new one, never half of one.
+
+    previous: a path where the old one is to stay.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if previous and path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
+
+
+def save(path, state, previous=None):
+    """Tensors, numbers and texts into a file: a line of JSON with their SHA-256, then what torch.save makes of them."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    head = dict(format=FORMAT, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    write_atomically(path, json.dumps(head).encode() + b"\n", data, previous=previous)
+
+
+def restore(path):
+    """What save() wrote. Anything else is a ValueError that says in one line what is wrong; no code in the file is ever run."""
+    try:
+        with open(path, "rb") as file:
+            head, data = file.readline(1000), file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    try:
+        form, size, digest = (json.loads(head)[key] for key in ("format", "bytes", "sha256"))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a checkpoint: its first line is not one of `{FORMAT}`") from None
+    if form != FORMAT:
+        raise ValueError(f"{path} is a `{form}`, this version reads `{FORMAT}`")
+    if len(data) != size:
+        raise ValueError(f"{path} is cut off: {len(data)} bytes of {size}")
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one in its first line")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler of a made-up file may raise anything
+        raise ValueError(f"{path} holds more than tensors, numbers and texts ({type(error).__name__}): refused") from None
+
+
+def fits(weights, config):
+    """Whether these are the weights of a GPT of this config, by names, shapes and precision. Nothing is allocated."""
+    if not isinstance(weights, dict) or len(weights) < config.n_layer:
+        return False
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    return (list(weights) == list(expected) and all(isinstance(w, torch.Tensor) for w in weights.values())
+            and all((weights[name].shape, weights[name].dtype, weights[name].layout) == (w.shape, torch.float32, w.layout) for name, w in expected.items()))

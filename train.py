@@ -3,7 +3,7 @@
     python train.py                              # laptop: both agents, then the trend of the paper
     python train.py --preset debug               # smoke run, under a minute
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP
-    torchrun --nproc_per_node 8 train.py         # the same; also over several nodes
+    torchrun --nproc_per_node 8 train.py         # the same; also over several nodes (README: running at scale)
     python train.py --out runs/cpu --resume      # go on with an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # another PPO from the imitated agents of a run
     python train.py --sweep                      # all agents from 3 seeds, the README's tables and figures: hours
@@ -18,13 +18,19 @@ The agent `mem1` prunes its context, the agent `full` keeps everything; only the
 
 Every random choice is keyed by (seed, stage, step, episode): see `rng`. So a resumed run repeats an
 uninterrupted one, and any number of processes plays the same episodes.
+
+Exit codes: 0 finished, 2 bad input, 3 no checkpoint that is whole, 4 gradients not finite, 5 can not write,
+6 a process died or hung, 130 and 143 stopped by SIGINT and SIGTERM. After all but 2 and 3 `--resume` goes on.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
+import fcntl
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +38,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +53,22 @@ import envs
 import eval as evaluation
 import ppo
 from mem1 import ENC, LAYOUTS, POLICIES, Branch, Trajectory, demonstrate, evaluate, full, mem1, pack, recorded, rollout
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, save, write_atomically
 
 
 @dataclass
 class Config:
     # run
-    preset: str = "cpu"  # debug, cpu or gpu: sets several of the below at once
+    preset: str = "cpu"  # debug, cpu, gpu or paper: sets several of the below at once
     out: str = "runs/cpu"  # the run's directory, runs/PRESET unless given
     resume: bool = False  # go on from the last checkpoint in it
     seed: int = 0  # of everything
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
     threads: int = 1  # torch threads a process: more of them fight over small matrices
+    timeout: int = 45  # seconds that a process waits for the others in a training step before it gives them up
+    dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU
+    compile: bool = False  # torch.compile the model: minutes at first, then faster; for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     start: str = ""  # a run whose imitated agents to take: then there is PPO only
     sweep: int = 0  # train every agent, and full context with twice the weights, from so many seeds; nproc runs side by side
@@ -70,6 +80,7 @@ class Config:
     kinds: tuple = ("list",)  # of tasks: list, independent questions; chain, some about earlier answers; count and compare, one word answers all
     facts: str = ""  # a file of facts to ask about (TSV or JSONL: subject, relation, object), instead of an invented world
     skip_bad_facts: bool = False  # pass over its bad lines instead of stopping there
+    names: int = 200  # of which an invented world is made; those beyond 200 are spelled letter by letter, several tokens each
     distractors: int = 2  # facts on the same subject that are not asked for
     top_k: int = 3  # facts a search returns
     # model
@@ -122,10 +133,16 @@ PRESETS = {
     "debug": dict(out="runs/debug", nproc=1, n_layer=2, n_embd=48, n_head=2, primer_steps=40, primer_longest=4, demos_steps=40,
                   demos_batch=8, demos_primer=8, ppo_primer=4, judge_steps=4, judge_batch=8, ppo_steps=4, ppo_batch=8, eval_every=2, objectives=(1, 2),
                   eval_objectives=(1, 2, 4), eval_episodes=8, valid_episodes=4),
-    "gpu": dict(out="runs/gpu", n_layer=8, n_embd=512, n_head=8, primer_steps=4000, primer_batch=1024, primer_lr=1e-3,
+    "gpu": dict(out="runs/gpu", n_layer=8, n_embd=512, n_head=8, names=1000, objectives=(1, 8), distractors=4, top_k=5,
+                eval_objectives=(1, 2, 4, 8, 16, 32, 64), primer_steps=4000, primer_batch=1024, primer_lr=1e-3,
                 demos_steps=4000, demos_batch=512, demos_primer=512, demos_lr=5e-4, ppo_steps=400, ppo_batch=1024,
-                ppo_lr=1e-4, pack_tokens=65536, eval_episodes=1024, valid_episodes=256),
+                ppo_primer=256, ppo_lr=1e-4, pack_tokens=65536, eval_episodes=1024, valid_episodes=256),
 }
+# The paper's own numbers (train_ppo.sh of its release), on a model of GPT-2's size: for comparison, not because random weights learn well at 1e-6.
+PRESETS["paper"] = {**PRESETS["gpu"], **dict(
+    out="runs/paper", n_layer=12, n_embd=768, n_head=12, objectives=(2, 2), ppo_steps=500, ppo_batch=128, ppo_minibatches=2, ppo_epochs=1,
+    ppo_primer=0, ppo_lr=1e-6, clip=0.2, kl_coef=0.001, gamma=1.0, lam=1.0, grad_clip=1.0, weight_decay=0.01,
+    eval_every=20, eval_objectives=(1, 2, 3, 4, 6, 8, 16), eval_episodes=1000)}
 
 # ----------------------------------------------------------------------------------------------
 # Randomness, and the data of each stage
@@ -146,7 +163,7 @@ def world(cfg, seed, stage, step, episode, n_objectives=None, **kwargs):
 
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory of one branch of which the answers are trained."""
-    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest, envs.words_of(cfg))
+    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest, [*envs.words_of(cfg), *envs.spelled(cfg)])
     branch = Branch()
     for words, learn in answer:
         branch.extend(ENC.encode_ordinary(words), trained=learn)
@@ -207,7 +224,8 @@ def optimise(learner, optimiser, cfg, work):
     """One optimiser step on `work` [(pack, loss of (pack, logp, value, entropy)), ...], summed over all processes.
 
     Returns the gradient's norm. Gradients meet in the last backward pass only. DDP takes their mean, hence
-    the factor.
+    the factor. Since all processes have the same sum then, one number in one of them that is not finite makes
+    all skip the step together.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimiser.zero_grad(set_to_none=True)
@@ -215,9 +233,10 @@ def optimise(learner, optimiser, cfg, work):
         batch = batch.to(cfg.device)
         with learner.no_sync() if world_size > 1 and k < len(work) - 1 else contextlib.nullcontext():
             (loss(batch, *learner(batch)) * world_size).backward()
-    norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip)
-    optimiser.step()
-    return norm.item()
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip).item()
+    if np.isfinite(norm):
+        optimiser.step()
+    return norm
 
 
 def count(packs, cfg):
@@ -257,7 +276,7 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
         return (-logp + weight[batch.index] * 0.5 * (value - ret[batch.index]) ** 2).sum() / n
 
     norm = optimise(learner, optimiser, cfg, [(p, losses) for p in packs])
-    return dict(loss=(total(summed) / n).item(), norm=norm, tokens=int(n))
+    return dict(loss=(total(summed) / n).item(), norm=norm, skipped=int(not np.isfinite(norm)), tokens=int(n))
 
 
 def scores(judge, trajs, cfg):
@@ -300,7 +319,7 @@ def prefer(cfg, learner, optimiser, actor, policy, step, rank, world_size):
 
     norm = optimise(learner, optimiser, cfg, [(p, losses) for p in pack(list(map(judged, trajs)), cfg.pack_tokens)])
     sums = total(torch.stack([-nn.functional.logsigmoid(margin).sum(), (0.5 + 0.5 * margin.sign()).sum()])) / n
-    return dict(loss=sums[0].item(), agrees=sums[1].item(), norm=norm, tokens=int(n))
+    return dict(loss=sums[0].item(), agrees=sums[1].item(), norm=norm, skipped=int(not np.isfinite(norm)), tokens=int(n))
 
 
 def learner_model(learner):
@@ -340,7 +359,7 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
     adv = ppo.whiten(adv, total)
 
     # Learn.
-    sums, gap, norm = torch.zeros(4, **like), torch.zeros(1, **like), 0.0
+    sums, gap, norms = torch.zeros(4, **like), torch.zeros(1, **like), []
 
     def losses(batch, logp, value, entropy):
         old, v, i = old_logp[batch.index], old_value[batch.index], batch.index  # each (M',)
@@ -361,31 +380,63 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             chosen = [e // world_size for e in sorted(chosen) if e % world_size == rank]
             packs = pack(views, cfg.pack_tokens, which=chosen)
             key = cfg.primer_steps + cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
-            reading = pack([exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)], cfg.pack_tokens)
+            exercises = [exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)]
+            reading = pack(exercises, cfg.pack_tokens) if cfg.ppo_primer else []
             n, n_reading = count(packs, cfg), count(reading, cfg)
-            norm = optimise(learner, optimiser, cfg, [(p, losses) for p in packs] + [(p, read) for p in reading])
+            norms.append(optimise(learner, optimiser, cfg, [(p, losses) for p in packs] + [(p, read) for p in reading]))
     n, entropy, kl, clip = total(sums).tolist()
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
     means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
     return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / n, clip=clip / n,
-                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=most(gap).item(), norm=norm, tokens=int(n))
+                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=most(gap).item(),
+                norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(n))
 
 
 # ----------------------------------------------------------------------------------------------
 # The run
 
 
+def stop(code, message, rank=0):
+    """End this process with an exit code (see the head of this file), the first with one line on stderr."""
+    if rank == 0:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def run(rank, world_size, cfg):
     """Every process runs this; rank 0 alone prints and writes."""
     torch.set_num_threads(cfg.threads)
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which a process that is killed would leave behind
+    again = f"to go on: python train.py --out {cfg.out} --resume"
+    try:
+        if world_size > 1:
+            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", rank=rank, world_size=world_size,
+                                    timeout=datetime.timedelta(seconds=cfg.timeout))
+        if cfg.device == "cuda":
+            cfg.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank))}"
+            torch.cuda.set_device(cfg.device)
+            torch.set_float32_matmul_precision("high")  # TF32
+        train(rank, world_size, cfg, again)
+        if world_size > 1:
+            dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        stop(1, f"the GPU is out of memory; a lower --pack-tokens or --ppo-batch needs less; {again}")
+    except OSError as error:
+        stop(5, f"{error.filename or cfg.out} can not be written: {error.strerror}; nothing written before is lost; {again}")
+    except RuntimeError as error:
+        if world_size == 1 or not (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.I)):
+            raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # else the parent says it, once
+            print(f"train.py: process {rank} of {world_size} lost another: it died, or was silent for {cfg.timeout} s; {again}", file=sys.stderr, flush=True)
+        os._exit(6)  # without waiting for those who do not answer
+
+
+def train(rank, world_size, cfg, again):
+    """All stages from where the run stands, then the final table."""
     ENC.add(envs.words_of(cfg))
-    if world_size > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", rank=rank, world_size=world_size)
-    if cfg.device == "cuda":
-        cfg.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank))}"
-        torch.cuda.set_device(cfg.device)
     out, signals = Path(cfg.out), [0]
+    lock = alone(out) if rank == 0 else None  # held as long as this process lives
     for number in signal.SIGINT, signal.SIGTERM:  # the step is finished and saved first
         signal.signal(number, lambda number, frame: signals.append(number))
     say = tqdm.write if rank == 0 else lambda line: None
@@ -394,36 +445,22 @@ def run(rank, world_size, cfg):
     for agent in cfg.agents:
         stages += [] if cfg.start else [("demos", agent)]
         stages += [("judge", agent)] * (cfg.reward == "judge") + [("ppo", agent)]
-    steps_of = dict(primer=cfg.primer_steps, demos=cfg.demos_steps, judge=cfg.judge_steps, ppo=cfg.ppo_steps)
-    state = dict(stage=0, step=0, seconds=0.0, models={}, model=None, optimiser=None, best=None)
-    if cfg.start:
-        models = evaluation.load_run(cfg.start)[1]
-        state["models"] = {f"{agent}-demos": models[f"{agent}-demos"] for _, agent in stages}
-    if cfg.resume:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state = begin(cfg, stages, rank)
     started = time.perf_counter() - state["seconds"]
-    if rank == 0:
-        begin_metrics(out, cfg, stages, state)
 
-    def save(**kwargs):
+    def keep(**kwargs):
         state.update(kwargs, seconds=time.perf_counter() - started)
         if rank == 0:
-            evaluation.write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
+            with open(out / "metrics.jsonl", "a") as file:
+                os.fsync(file.fileno())  # what leads to a checkpoint is on the disk before it
+            save(out / "checkpoint.pt", state, previous=out / "previous.pt")
 
+    if not cfg.resume:
+        keep()
     while state["stage"] < len(stages):
         stage, agent = stages[state["stage"]]
-        steps, name = steps_of[stage], agent if stage == "ppo" else f"{agent}-{stage}" if agent else "primer"
-        torch.manual_seed(cfg.seed)
-        model = GPT(gpt_config(cfg)).to(cfg.device)
-        source = {"primer": None, "demos": "primer"}.get(stage, f"{agent}-demos")
-        if source:
-            model.load_state_dict(state["models"][source][1])
-        reference = copy.deepcopy(model).requires_grad_(False)  # what PPO is kept near to, and what plays for the judge
-        judge = evaluation.load(state["models"][f"{agent}-judge"], cfg.device) if stage == "ppo" and cfg.reward == "judge" else None
-        optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, eps=1e-8)
-        if state["model"]:
-            model.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
+        steps, name = getattr(cfg, f"{stage}_steps"), agent if stage == "ppo" else f"{agent}-{stage}" if agent else "primer"
+        model, reference, judge, optimiser = build(cfg, stage, agent, state)
         learner = Learner(model)
         if world_size > 1:
             learner = nn.parallel.DistributedDataParallel(learner)
@@ -444,8 +481,9 @@ def run(rank, world_size, cfg):
             else:
                 row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
-            if not np.isfinite(row["norm"]):
-                sys.exit(f"train.py: the gradient is not finite at {stage} step {step}; lower --{stage}-lr (it is {lr})")
+            state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
+            if state["skipped"] == 5:
+                stop(4, f"{stage} step {step + 1}: the gradient was not finite five times in a row; begin anew with a lower --{stage}-lr (it is {lr})", rank)
             done = step + 1
             if stage in ("demos", "ppo") and (done % every == 0 or done == steps):
                 for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
@@ -461,32 +499,92 @@ def run(rank, world_size, cfg):
                     say(line(stage, agent, done, steps, row, (time.perf_counter() - began) * (steps - done)))
             stopping = int(most(torch.tensor([signals[-1]], device=cfg.device)))
             if done % every == 0 or done == steps or stopping:
-                save(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
+                keep(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
             if stopping:
-                say(f"stopped after {stage} step {done}/{steps}; to go on: python train.py --out {out} --resume")
+                total(torch.zeros(1, device=cfg.device))  # nobody leaves before it is saved
+                say(f"stopped after {stage} step {done}/{steps}; {again}")
                 sys.exit(128 + stopping)
         weights = state["best"][1] if stage == "ppo" else weights_of(model)  # PPO: early stopping, chosen by validation
         state["models"][name] = [dataclasses.asdict(model.config), weights]
-        save(stage=state["stage"] + 1, step=0, model=None, optimiser=None, best=None)
+        keep(stage=state["stage"] + 1, step=0, model=None, optimiser=None, best=None)
 
+    for number in signal.SIGINT, signal.SIGTERM:  # from here on all is saved
+        signal.signal(number, lambda number, frame: (say(f"stopped before the final table; {again}"), sys.exit(128 + number)))
+    if signals[-1]:
+        os.kill(os.getpid(), signals[-1])
     results = evaluation.table(state["models"], cfg, evaluation.methods(state["models"]), say, cfg.eval_episodes, rank, world_size, cfg.device)
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=(time.perf_counter() - started) / 60, **evaluation.provenance())
     if rank == 0:
-        evaluation.write_atomically(out / "results.json", lambda path: path.write_text(json.dumps({**results, "meta": meta}, indent=1)))
+        write_atomically(out / "results.json", json.dumps({**results, "meta": meta}, indent=1).encode())
     say(evaluation.trend(results))
     say(f"{meta['minutes']:.0f} minutes; results in {out}/results.json; see what the agent does: python eval.py {out} --show 2")
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
-def begin_metrics(out, cfg, stages, state):
-    """config.json, and metrics.jsonl without the steps that an interrupted run made after its last checkpoint."""
-    evaluation.write_atomically(out / "config.json", lambda path: path.write_text(
-        json.dumps(dict(config={**dataclasses.asdict(cfg), "device": cfg.device.split(":")[0]}, **evaluation.provenance()), indent=1)))
-    metrics, at = out / "metrics.jsonl", (state["stage"], state["step"])
-    lines = metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []
-    kept = [x for x in lines if (stages.index((json.loads(x)["stage"], json.loads(x)["agent"])), json.loads(x)["step"]) <= at]
-    evaluation.write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+def alone(out):
+    """A lock on a run's directory, as long as what is returned stays open: two processes that write there would lose both runs."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(2, f"--out {out}: another train.py is at work there; wait until it ends, or give another --out")
+    except OSError:
+        pass  # a file system that has no locks
+    return file
+
+
+def begin(cfg, stages, rank):
+    """The state of a run, new or from its last checkpoint; and on the disk what belongs to it and no more."""
+    out, state = Path(cfg.out), dict(stage=0, step=0, seconds=0.0, skipped=0, models={}, model=None, optimiser=None, best=None)
+    if cfg.resume:
+        try:
+            state, told = evaluation.last_state(out, cfg)
+        except ValueError as problem:
+            stop(3, f"--resume: {problem}; there is nothing to go on from, begin anew with another --out", rank)
+        for problem in told:
+            print(f"train.py: {problem}", file=sys.stderr) if rank == 0 else None
+        if state["stage"] > len(stages) or state["stage"] < len(stages) and state["step"] > getattr(cfg, f"{stages[state['stage']][0]}_steps"):
+            stop(3, f"--resume: the checkpoint in {out} is at a stage and step that this run does not have", rank)
+    elif cfg.start:
+        models = evaluation.load_run(cfg.start)[1]
+        state["models"] = {f"{agent}-demos": models[f"{agent}-demos"] for _, agent in stages}
+    at = torch.tensor([state["stage"], state["step"]], device=cfg.device)
+    if (most(at.clone()) != -most(-at)).any():
+        stop(3, f"--resume: the processes found different checkpoints in {out}; it must be on a disk that all machines share", rank)
+    if rank == 0:
+        config = dict(config={**dataclasses.asdict(cfg), "device": cfg.device.split(":")[0]}, **evaluation.provenance())
+        write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
+        metrics, kept, at = out / "metrics.jsonl", [], (state["stage"], state["step"])
+        for text in metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []:
+            try:
+                row = json.loads(text)
+                if (stages.index((row["stage"], row["agent"])), row["step"]) <= at and text.endswith("\n"):  # what comes later is done again
+                    kept.append(text)
+            except (ValueError, KeyError, TypeError):
+                pass  # half a line, of a process that was killed
+        write_atomically(metrics, "".join(kept).encode())
+    return state
+
+
+def build(cfg, stage, agent, state):
+    """What a stage works with: the model that learns, the reference it starts from, the judge (if any), the optimiser."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(gpt_config(cfg)).to(cfg.device)
+    model.half = cfg.dtype == "bfloat16"
+    source = {"primer": None, "demos": "primer"}.get(stage, f"{agent}-demos")
+    if source:
+        model.load_state_dict(state["models"][source][1])
+    reference = copy.deepcopy(model).requires_grad_(False)  # what PPO is kept near to, and what plays for the judge
+    judge = evaluation.load(state["models"][f"{agent}-judge"], cfg.device) if stage == "ppo" and cfg.reward == "judge" else None
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay, eps=1e-8,
+                                  fused=cfg.device.startswith("cuda"))
+    if state["model"]:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # the shapes of several agents, with gradients and without
+        for block in [*model.blocks, *reference.blocks]:
+            block.compile()
+    return model, reference, judge, optimiser
 
 
 def weights_of(model):
@@ -520,32 +618,37 @@ def line(stage, agent, step, steps, row, seconds):
 
 def main():
     cfg, given = parse_arguments()
-    out = Path(cfg.out)
-    if not cfg.resume and (out / "checkpoint.pt").exists():
-        sys.exit(f"train.py: {out} holds a run already; add --resume to go on with it, or give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"train.py: --out {out}: {error.strerror}; give a directory that can be written to")
+    out, rank = Path(cfg.out), int(os.environ.get("RANK", 0))  # several under torchrun
+    if rank == 0:
+        if not cfg.resume and any((out / name).exists() for name in evaluation.CHECKPOINTS):
+            stop(2, f"--out {out} holds a run already; add --resume to go on with it, or give another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if cfg.facts and not cfg.sweep and Path(cfg.facts).resolve().parent != out.resolve():
+                cfg.facts = shutil.copy(cfg.facts, out)  # the run keeps a copy: its vocabulary must not change
+        except OSError as error:
+            stop(2, f"--out {out}: {error.strerror}; give a directory that can be written to")
     if cfg.sweep:
         return sweep(cfg, given)
-    if cfg.facts and Path(cfg.facts).resolve().parent != out.resolve():  # the run keeps a copy: its vocabulary must not change
-        cfg.facts = shutil.copy(cfg.facts, out)
-    if "RANK" in os.environ:  # under torchrun
-        return run(int(os.environ["RANK"]), cfg.nproc, cfg)
-    if cfg.nproc == 1:
-        return run(0, 1, cfg)
+    if "RANK" in os.environ or cfg.nproc == 1:
+        return run(rank, cfg.nproc, cfg)
     with socket.socket() as s:  # a free port to meet at
         s.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # what is said below is enough
     children = torch.multiprocessing.spawn(run, (cfg.nproc, cfg), nprocs=cfg.nproc, join=False)
-    for sig in signal.SIGINT, signal.SIGTERM:  # passed on: the children end the step, save, and say how to go on
-        signal.signal(sig, lambda number, frame: [os.kill(p.pid, number) for p in children.processes if p.is_alive()])
+    for number in signal.SIGINT, signal.SIGTERM:  # passed on: the children end the step, save, and say how to go on
+        signal.signal(number, lambda number, frame: [os.kill(p.pid, number) for p in children.processes if p.is_alive()])
     try:
-        while not children.join():
+        while not children.join(grace_period=5):
             pass
-    except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+    except torch.multiprocessing.ProcessExitedException:
+        codes = [process.exitcode for process in children.processes]
+        for code in codes:
+            if code > 0 and code != 6:  # it has said why
+                sys.exit(code)
+        gone = [i for i, code in enumerate(codes) if code < 0] or ["?"]
+        stop(6, f"process {gone[0]} of {cfg.nproc} died, or was silent for {cfg.timeout} s; to go on: python train.py --out {cfg.out} --resume")
 
 
 def sweep(cfg, given):
@@ -555,6 +658,7 @@ def sweep(cfg, given):
     user set, passed on to every run.
     """
     out, assets, multiple, stopped = Path(cfg.out), Path(cfg.assets), 2 * cfg.n_head, []
+    lock = alone(out)  # held as long as this process lives
     given = {name: value for name, value in given.items() if name not in ("sweep", "assets", "out", "nproc", "resume")}
     jobs = {f"seed-{s}": {**given, "seed": s, "agents": list(POLICIES)} for s in range(cfg.sweep)}
     wide = round(cfg.n_embd * 2**0.5 / multiple) * multiple  # twice the parameters
@@ -619,7 +723,7 @@ def parse_arguments():
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=[*envs.REWARDS, "judge"])
+    choices = dict(preset=list(PRESETS), device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"], env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=[*envs.REWARDS, "judge"])
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -631,33 +735,54 @@ def parse_arguments():
         else:
             parser.add_argument(flag, type=f.type, choices=choices.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    preset = PRESETS[given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")]
-    saved = Path(given.get("out", preset.get("out", Config.out))) / "config.json"
+    given.setdefault("preset", "gpu" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS[given["preset"]]
+    out = Path(given.get("out", preset.get("out", Config.out)))
     if given.get("resume"):  # a run keeps the configuration it began with, but for where it runs
-        if not saved.is_file() or not saved.with_name("checkpoint.pt").is_file():
-            parser.error(f"--resume: {saved.parent} holds no checkpoint; give the --out of an interrupted run, or leave --resume away")
-        preset = json.loads(saved.read_text())["config"]
-        if set(preset) != {f.name for f in dataclasses.fields(Config)}:
-            parser.error(f"--resume: {saved.parent} was begun by another version of train.py; go on with that one, or begin anew")
-        for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "preset"}:
+        if not any((out / name).is_file() for name in evaluation.CHECKPOINTS):
+            parser.error(f"--resume: {out} holds no checkpoint; give the --out of an interrupted run, or leave --resume away")
+        preset = read_config(out / "config.json", parser.error)
+        for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "timeout", "compile", "preset"}:
             same = Path(given[name]).name == Path(preset[name]).name if name == "facts" else given[name] == preset[name]  # of the facts the run has a copy
             if not same:
                 parser.error(f"--{name.replace('_', '-')} {given[name]}: this run began with {preset[name]}; leave the flag away")
-        given.pop("preset", None), given.pop("facts", None)
+        given.pop("preset"), given.pop("facts", None)
     cfg = Config(**{**preset, **given})
     if "sweep" in given:
         for name in given.keys() & {"resume", "start", "agents", "seed"}:
             parser.error(f"--sweep --{name}: a sweep trains all agents from its own seeds, and goes on by itself; leave --{name} away")
         cfg.out = given.get("out", "runs/sweep" if preset == PRESETS["cpu"] else f"{cfg.out}-sweep")
         cfg.assets = given.get("assets", "assets" if preset == PRESETS["cpu"] else f"{cfg.out}/assets")
+    gpus = torch.cuda.device_count()
     if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.device == "cuda" and not torch.cuda.is_available():
+        cfg.device = "cuda" if gpus else "cpu"
+    if cfg.device == "cuda" and not gpus:
         parser.error("--device cuda: torch finds no GPU here; leave the flag away to train on the CPU")
-    cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc))  # under torchrun, what it says
-    cfg.nproc = cfg.nproc or (torch.cuda.device_count() if cfg.device == "cuda" else min(4, os.cpu_count()))
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
+    have, what = (gpus, "GPUs") if cfg.device == "cuda" else (os.cpu_count(), "cores")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", max(0, cfg.nproc))) > have or cfg.nproc < 0:
+        parser.error(f"--nproc {os.environ.get('LOCAL_WORLD_SIZE', cfg.nproc)}: expected at most one for each of the {have} {what} of this machine")
+    cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc)) or (have if cfg.device == "cuda" else min(4, have))  # under torchrun, what it says
     check(cfg, parser.error)
     return cfg, given
+
+
+def read_config(path, error):
+    """The fields of a run's config.json, each of the type that it has in Config."""
+    try:
+        fields = json.loads(path.read_text())["config"]
+        names = {f.name: f for f in dataclasses.fields(Config)}
+        if {*fields} != {*names}:
+            error(f"{path}: begun by another version of train.py ({', '.join(sorted({*fields} ^ {*names}))[:80]}); go on with that one, or begin anew")
+        for name, value in fields.items():
+            kind, parts = names[name].type, value if isinstance(value, list) else [value]
+            kinds = {type(names[name].default[0])} if kind is tuple else {int, float} if kind is float else {kind}
+            if isinstance(value, list) != (kind is tuple) or not all(type(part) in kinds for part in parts):
+                error(f"{path}: {name} is {str(value)[:40]}, expected {kind.__name__}; it is not what train.py wrote")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        error(f"{path} is not the configuration of a run ({type(problem).__name__}); begin anew with another --out")
+    return fields
 
 
 def check(cfg, error):
@@ -666,10 +791,19 @@ def check(cfg, error):
         bounds = getattr(cfg, name)
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
             error(f"--{name} {getattr(cfg, name)}: expected the fewest and the most, e.g. --{name} 1 2")
-    for name in ("n_layer", "n_head", "n_embd", "primer_steps", "primer_batch", "demos_steps", "demos_batch", "ppo_steps", "ppo_batch", "judge_steps",
-                 "ppo_epochs", "ppo_minibatches", "eval_every", "eval_episodes", "valid_episodes", "threads", "pack_tokens", "top_k"):
-        if getattr(cfg, name) < 1:
-            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least 1")
+    cores = os.cpu_count()
+    bounds = {  # field: lowest, highest
+        **dict.fromkeys("primer_steps primer_batch demos_steps demos_batch ppo_steps ppo_batch judge_steps ppo_epochs ppo_minibatches eval_every "
+                        "eval_episodes valid_episodes pack_tokens top_k timeout".split(), (1, 10**9)),
+        **dict.fromkeys("n_head n_embd".split(), (1, 2**14)), "n_layer": (1, 2**10), "threads": (1, cores), "seed": (0, 2**31), "sweep": (0, 10**3),
+        **dict.fromkeys("primer_lr demos_lr ppo_lr judge_lr clip grad_clip".split(), (1e-12, 1e6)), "hurry": (0, 0.5),
+        **dict.fromkeys("forget gamma lam".split(), (0, 1)), **dict.fromkeys("primer_coef kl_coef value_coef weight_decay".split(), (0, 1e6)),
+        "names": (len(envs.NAMES), len(envs.ALL_NAMES)), "ppo_primer": (0, 10**9), "primer_longest": (2, len(envs.INDICES))}
+    for name, (lowest, highest) in bounds.items():
+        if not lowest <= getattr(cfg, name) <= highest:
+            error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected {lowest} to {highest}")
+    if not cfg.out or not cfg.assets:
+        error("--out and --assets: expected the name of a directory")
     if cfg.n_embd % (2 * cfg.n_head):
         error(f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
     try:
@@ -680,6 +814,8 @@ def check(cfg, error):
         error(f"--kinds {' '.join(cfg.kinds)}: in --env {cfg.env}{' --facts' * bool(cfg.facts)} there are no other kinds than list; leave one away")
     if cfg.facts and cfg.env != "qa":
         error(f"--facts {cfg.facts} --env {cfg.env}: a file of facts is asked about in --env qa; leave one away")
+    if cfg.names > len(envs.NAMES) and (cfg.facts or cfg.env != "qa"):
+        error(f"--names {cfg.names}: only the invented world of --env qa has more names than {len(envs.NAMES)}; leave it away")
     for line in told:
         print(f"{cfg.facts}: {line}")
     if cfg.hops[1] > len(envs.COLONS):
@@ -693,13 +829,11 @@ def check(cfg, error):
     if cfg.judge_batch < 2 * processes:
         error(f"--judge-batch {cfg.judge_batch}: expected at least two episodes for each process (--nproc {processes})")
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
-        if getattr(cfg, name) < processes:
+        if getattr(cfg, name) < processes and (name, cfg.ppo_primer) != ("ppo_primer", 0):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {processes} processes (--nproc)")
     for name in "agents", "kinds":
         if len({*getattr(cfg, name)}) < len(getattr(cfg, name)):
             error(f"--{name} {' '.join(getattr(cfg, name))}: expected each only once")
-    if cfg.sweep < 0:
-        error(f"--sweep {cfg.sweep}: expected the number of seeds, e.g. --sweep 3")
     if cfg.start and not cfg.resume:
         world, models = evaluation.load_run(cfg.start)
         for agent in cfg.agents:
@@ -708,8 +842,6 @@ def check(cfg, error):
         for name in "n_layer", "n_head", "n_embd":
             if getattr(cfg, name) != getattr(world, name):
                 error(f"--start {cfg.start}: its --{name.replace('_', '-')} is {getattr(world, name)}, here it is {getattr(cfg, name)}; give the same")
-    if not 2 <= cfg.primer_longest <= len(envs.INDICES):
-        error(f"--primer-longest {cfg.primer_longest}: expected 2 to {len(envs.INDICES)}")
 
 
 if __name__ == "__main__":
