@@ -26,6 +26,9 @@ Greedy decoding. Episodes come from seeds that no training and no validation epi
     state, query, info, answer   longest of the episode, in tokens
 """
 import argparse
+import contextlib
+import copy
+import dataclasses
 import datetime
 import difflib
 import functools
@@ -36,6 +39,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from operator import itemgetter
@@ -48,8 +52,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import envs
-from mem1 import ENC, LAYOUTS, POLICIES, TAG_IDS, Turn, demonstrate, evaluate, expert, mem1, pack, parse, recorded, rollout
-from model import GPT, GPTConfig, fits, restore, write_atomically
+import mem1 as core
+from mem1 import END, ENC, LAYOUTS, POLICIES, TAG_IDS, TASK, Trajectory, Turn, demonstrate, evaluate, expert, mem1, pack, parse, recorded, rollout, sample
+from model import GPT, Cache, GPTConfig, Prefix, fits, restore, write_atomically
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
 BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
@@ -489,6 +494,341 @@ def draw(one, out):
     plt.close("all")
 
 
+# ----------------------------------------------------------------------------------------------
+# Speed. One core, one thread, all in one process; what is compared takes turns, and is asserted to be the same work.
+
+GIVEN, WRITTEN, TURNS, SIDE_BY_SIDE = 24, 24, 6, 64  # tokens read and written in a turn; turns; episodes
+
+
+class Metronome:
+    """Six turns of 24 tokens written and 24 read after a task of 64 tokens, whatever is written: no luck in what is timed."""
+    n_objectives, width, em, cause, prompt = 0, 1, 0, None, " jelo" * 63
+
+    def __init__(self, turns=TURNS):
+        self.left, self.done, self.gains = turns, False, [0.0] * turns
+        if turns == 1:
+            self.n_objectives, self.width = 8, 2  # 64 tokens
+
+    def step(self, kind, text):
+        self.left -= 1
+        self.done = self.left == 0
+        return " jelo" * (GIVEN - 1)
+
+
+class Lines:
+    """Stands where a generator of random numbers is expected: its numbers are what an actor is to write, a turn a call."""
+
+    def __init__(self, turns):
+        self.turns = iter(turns)
+
+    def random(self, cap):
+        ids = next(self.turns).written
+        return 1 - (np.pad(ids, (0, cap - len(ids))) + 0.5) / ENC.n_vocab
+
+
+def recite(logits, uniform):
+    """mem1.sample with Lines: it does its work, and then takes the token that the number stands for."""
+    sample(logits, uniform)
+    ids = (uniform * ENC.n_vocab).long()  # (B,)
+    return ids, logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+
+
+def acted_out(model, world, n, episodes, policy):
+    """An untrained model plays as a trained one would: it writes what the demonstrator wrote. Trajectories; their
+    seconds, turn by turn; the cache."""
+    make = lambda: [envs.make(world, n, [0, TEST, n, j, 0]) for j in range(episodes)]
+    lines = [Lines(demonstrate(env, policy).turns) for env in make()]
+    clock, caches = [], []
+    with instead(core, sample=recite, Cache=lambda *a: caches.append(Cache(*a)) or caches[0],
+                 feed=lambda *a, feed=core.feed: clock.append(time.perf_counter()) or feed(*a)):
+        trajs = rollout(model, make(), policy, lines)
+    assert all(traj.env.em == n for traj in trajs), "the demonstrator was not repeated"
+    return trajs, np.diff([*clock[1:], time.perf_counter()]), caches[0]
+
+
+@contextlib.contextmanager
+def instead(owner, **functions):
+    """Other functions in a module, for a while."""
+    before = {name: getattr(owner, name) for name in functions}
+    for name, function in functions.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(owner, name, function)
+
+
+def paired(ours, theirs, pairs=5):
+    """Both in turn, after one of each to warm up: (their seconds, our seconds) of each pair."""
+    seconds = []
+    for _ in range(pairs + 1):
+        row = []
+        for work in theirs, ours:
+            began = time.perf_counter()
+            work()
+            row.append(time.perf_counter() - began)
+        seconds.append(row)
+    return np.array(seconds[1:])  # (pairs, 2)
+
+
+def floor(trajs, model, peak, bandwidth):
+    """Seconds that a rollout would take if it were matrix products at their peak and reading at full bandwidth, no more."""
+    weights = sum(p.numel() for p in model.blocks.parameters()) + model.emb.weight.numel()
+    encoded = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs)
+    read = sum(len(t.task) + seen + k for t in trajs for seen, wrote in t.spans for k in range(wrote))  # keys that decoding looks at
+    steps = max(sum(wrote for _, wrote in t.spans) for t in trajs)
+    C, nl = model.config.n_embd, model.config.n_layer
+    return (2 * weights * encoded + 4 * nl * C * read) / peak + (4 * weights * steps + 8 * nl * C * read) / bandwidth
+
+
+def flops(model, trajs):
+    """Floating point operations of one forward and backward pass over trajectories, each token once (6 N + attention)."""
+    C, nl = model.config.n_embd, model.config.n_layer
+    blocks, tokens, pairs, trained = sum(p.numel() for p in model.blocks.parameters()), 0, 0, 0
+    for traj in trajs:
+        P = len(traj.task)
+        pairs += P * (P + 1) // 2 + sum(len(b.ids) * P + len(b.ids) * (len(b.ids) + 1) // 2 for b in traj.branches)
+        tokens += P + sum(len(b.ids) for b in traj.branches)
+        trained += traj.n_trained
+    return 3 * (2 * blocks * tokens + 4 * nl * C * pairs + 2 * C * ENC.n_vocab * trained)
+
+
+def a_row_a_turn(model, trajs, budget):
+    """What MemAgent, verl-agent and others train on: each turn is a sequence of its own, task and all. Sum of logp, with gradients."""
+    rows = [(traj.task + branch.ids, [False] * len(traj.task) + branch.trained) for traj in trajs for branch in traj.branches]
+    rows.sort(key=lambda row: len(row[0]))
+    summed = 0.0
+    while rows:
+        S, chunk = len(rows[-1][0]), []
+        while rows and (not chunk or S * len(chunk) < budget):
+            chunk.append(rows.pop())
+        ids = torch.tensor([r + [0] * (S - len(r)) for r, _ in chunk])  # (R, S)
+        at = torch.tensor([b * S + t - 1 for b, (_, trained) in enumerate(chunk) for t in np.flatnonzero(trained)])  # (M,)
+        x = model(ids, torch.arange(S).expand(len(chunk), S), Prefix(model.config)).flatten(0, 1)[at]  # (M, C)
+        logp = model.logits(x).log_softmax(-1).gather(-1, ids.flatten()[at + 1][:, None]).sum()
+        (logp + model.value(x).sum()).backward()
+        summed += logp.item()
+    return summed
+
+
+def a_tree(model, trajs, budget):
+    """The same, each task encoded once."""
+    summed = 0.0
+    for p in pack(trajs, budget):
+        logp, value, _ = evaluate(model, p)
+        (logp.sum() + value.sum()).backward()
+        summed += logp.sum().item()
+    return summed
+
+
+def by_turns(worlds, policy, rngs, write_turn):
+    """Episodes of equal length, of which `write_turn` (contexts (B, L), uniform (B, n)) -> ids (B, n) writes the turns."""
+    trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in worlds]
+    while not trajs[0].env.done:
+        for traj in trajs:
+            traj.open_turn(policy)
+        contexts = torch.tensor([traj.task + traj.branches[-1].ids for traj in trajs])  # (B, L)
+        uniform = torch.tensor(np.stack([1 - rng.random(core.turn_cap(traj.env)) for rng, traj in zip(rngs, trajs)]), dtype=torch.float32)
+        for traj, ids in zip(trajs, write_turn(contexts, uniform).tolist()):
+            traj.close_turn(ids)
+    return trajs
+
+
+@torch.no_grad()
+def without_a_cache(model, contexts, uniform):
+    """nanoGPT's way: all is encoded again for each token."""
+    for k in range(uniform.size(1)):
+        B, L = contexts.shape
+        x = model(contexts, torch.arange(L).expand(B, L), Prefix(model.config))[:, -1]  # (B, C)
+        contexts = torch.cat([contexts, sample(model.logits(x), uniform[:, k])[0][:, None]], 1)
+    return contexts[:, -uniform.size(1) :]
+
+
+def bench(say, peers, quick):
+    """All measurements, {name: number}; a line said for each. quick: small, for a test."""
+    import train
+    cfg = train.Config(device="cpu", dtype="float32")
+    pairs, episodes = (1, 4) if quick else (5, SIDE_BY_SIDE)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.manual_seed(0)
+    model, policy, found = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)), mem1, {}
+    endless = GPT(model.config)
+    endless.logits = lambda x: GPT.logits(endless, x).index_fill(-1, torch.tensor([END]), -1e9)
+
+    def note(name, seconds, text):
+        ratios = seconds[:, 0] / seconds[:, 1]
+        found[name] = float(np.median(ratios))
+        say(f"{name:22s} {found[name]:6.2f} times   ({ratios.min():.2f} to {ratios.max():.2f}, {len(ratios)} pairs)   {text}")
+
+    def clock(work, n=5):
+        times = []
+        for _ in range(n):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    a, b = torch.randn(2, 1024, 1024).unbind()
+    long = torch.randn(2**24)
+    gemm = lambda: 2 * 1024**3 / clock(lambda: a @ b)
+    peak, bandwidth = gemm(), 2 * 4 * 2**24 / clock(lambda: long.clone())
+    say(f"one core: {peak / 1e9:.0f} GFLOP/s in a product of 1024 x 1024, {bandwidth / 1e9:.1f} GB/s in a copy; load before: {os.getloadavg()[0]:.1f}")
+
+    # Sampling.
+    start = lambda turns=TURNS: ([Metronome(turns) for _ in range(episodes)], policy, [np.random.default_rng(i) for i in range(episodes)])
+    ours, slow = lambda turns=TURNS: rollout(endless, *start(turns)), lambda: by_turns(*start(2), lambda *a: without_a_cache(endless, *a))
+    text = lambda trajs: [[turn.written for turn in traj.turns] for traj in trajs]
+    assert text(ours(2)) == text(slow()), "with a cache and without, the same must be written"
+    seconds = paired(lambda: ours(2), slow, pairs)
+    note("rollout_vs_nocache", seconds, f"{episodes} episodes of 2 turns; the same tokens, {episodes * 2 * WRITTEN / np.median(seconds[:, 0]):.0f} a second without a cache")
+    trajs = ours()
+    took, least = clock(ours), floor(trajs, endless, peak, bandwidth)
+    found["rollout_tok_s"], found["rollout_of_floor"] = episodes * TURNS * WRITTEN / took, least / took
+    say(f"rollout: {found['rollout_tok_s']:.0f} tokens a second, {least / took:.0%} of what products and memory traffic alone would allow")
+
+    # Learning.
+    for n in 2, 16:
+        trajs, _, _ = acted_out(model, cfg, n, (episodes * 2 + n) // n, policy)
+        assert abs(a_tree(model, trajs, cfg.pack_tokens) / a_row_a_turn(model, trajs, cfg.pack_tokens) - 1) < 1e-4, "both must be the same loss"
+        seconds = paired(lambda: a_tree(model, trajs, cfg.pack_tokens), lambda: a_row_a_turn(model, trajs, cfg.pack_tokens), pairs)
+        tokens, of_peak = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs), flops(model, trajs) / seconds[:, 1].min() / gemm()
+        note(f"learner_vs_per_turn_{n}", seconds, f"{tokens / np.median(seconds[:, 1]):.0f} tokens a second, {of_peak:.0%} of the peak of products")
+        found["mfu"] = max(of_peak, found.get("mfu", 0.0))
+
+    # An iteration: where the time goes.
+    cfg.ppo_batch = episodes
+    learner, reference = train.Learner(model), GPT(model.config)
+    optimiser, spent = torch.optim.AdamW(model.parameters(), lr=1e-9), dict.fromkeys(("act", "sample", "pack", "learn"), 0.0)
+
+    def timed(name, function):
+        def wrapped(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[name] += time.perf_counter() - began
+            return result
+        return wrapped
+
+    def iteration():
+        return train.reinforce(cfg, learner, optimiser, reference, policy, [train.world(cfg, 0, train.PPO, 0, i) for i in range(cfg.ppo_batch)], 0, 0, 1)
+
+    lines = [Lines(demonstrate(train.world(cfg, 0, train.PPO, 0, i), policy).turns * 9) for i in range(cfg.ppo_batch)]
+    repeat = lambda model, worlds, policy, rngs: rollout(model, worlds, policy, lines)
+    iteration_, began = None, None
+    with instead(core, sample=recite, feed=timed("sample", core.feed), write=timed("sample", core.write)):
+        with instead(train, rollout=timed("act", repeat), pack=timed("pack", train.pack), optimise=timed("learn", train.optimise)):
+            iteration()
+            spent.update(dict.fromkeys(spent, 0.0))
+            began = time.perf_counter()
+            for _ in range(1 if quick else 3):
+                iteration()
+            whole = time.perf_counter() - began
+    parts = {"sampling": spent["sample"], "forward, backward, step": spent["learn"], "worlds, packing, Python": spent["act"] - spent["sample"] + spent["pack"]}
+    parts["reference, advantages, the rest"] = whole - sum(parts.values())
+    found["env_share"], found["iteration_s"] = parts["worlds, packing, Python"] / whole, whole / (1 if quick else 3)
+    say(f"a PPO iteration of {cfg.ppo_batch} episodes: {found['iteration_s']:.2f} s: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items()))
+
+    # Memory, and time a turn, over the horizon.
+    slot = 2 * 4 * cfg.n_layer * cfg.n_embd  # bytes a token
+    horizons = (2, 4) if quick else (2, 4, 8, 16, 32, 64)
+    say(f"{'task':6s} {'agent':5s} {'objectives':>10s} {'KB of cache beside the task':>28s} {'MB of memory at peak':>21s} {'ms a turn, first':>17s} {'last':>6s}")
+    for kind, name in ("count", "mem1"), ("list", "mem1"), ("list", "full"):
+        cfg.kinds = [kind]
+        ENC.add(envs.words_of(cfg))
+        model, key = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)), "" if (kind, name) != ("list", "mem1") else "_list"
+        beside, turn = [], []
+        for n in horizons:
+            peak_memory(reset=True)
+            trajs, seconds, cache = acted_out(model, cfg, n, 8, POLICIES[name])
+            beside.append((cache.nbytes() - slot * cache.k.size(1) * max(len(t.task) for t in trajs)) / 8 / 1e3)
+            shown = min(len(t.turns) for t in trajs)  # while all play
+            turn.append((np.median(seconds[1 : 1 + shown // 3 + 1]), np.median(seconds[shown - shown // 3 - 1 : shown])))
+            say(f"{kind:6s} {name:5s} {n:10d} {beside[-1]:28.0f} {peak_memory():21.0f} {turn[-1][0] * 1e3:17.1f} {turn[-1][1] * 1e3:6.1f}")
+        found[f"cache_growth_{name}{key}"] = beside[-1] / beside[0]
+        found[f"turn_growth_{name}{key}"] = float(turn[-1][1] / turn[-1][0])
+
+    for name in "rollout_vs_hf", "update_vs_trl":
+        found[name] = None
+    if peers:
+        against_peers(cfg, endless, start, note, say, pairs, episodes)
+    return found
+
+
+def against_peers(cfg, endless, start, note, say, pairs, episodes):
+    """The same work by transformers (generate) and by TRL (PPO, 1.12.0 is the last release that has it), where they are installed."""
+    import train
+    try:
+        import transformers
+    except ImportError:
+        return say("transformers is not installed: not compared (pip install transformers==5.23.0 trl==1.12.0)")
+    transformers.utils.logging.set_verbosity_error()
+    C, V, size = cfg.n_embd, ENC.n_vocab, sum(p.numel() for p in endless.parameters())
+    shape = dict(vocab_size=V, hidden_size=C, intermediate_size=8 * C // 3, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+                 tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=4096, use_cache=True)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    theirs = sum(p.numel() for p in llama.parameters())
+    assert abs(theirs / size - 1) < 0.01, f"models of {theirs} and {size} weights"
+
+    def generate(contexts, uniform):
+        n = uniform.size(1)
+        ids = llama.generate(contexts, attention_mask=torch.ones_like(contexts), max_new_tokens=n, min_new_tokens=n, do_sample=True,
+                             temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+        return ids[:, contexts.size(1) :]
+
+    written = lambda trajs: sum(len(turn.written) for traj in trajs for turn in traj.turns)
+    assert written(by_turns(*start(), generate)) == written(rollout(endless, *start())) == episodes * TURNS * WRITTEN
+    seconds = paired(lambda: rollout(endless, *start()), lambda: by_turns(*start(), generate), pairs)
+    note("rollout_vs_hf", seconds, f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__} generate, {theirs} weights against {size}")
+
+    try:
+        import datasets
+        from tokenizers import Tokenizer, models
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        import trl
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ImportError:
+        return say("trl 1.12.0 is not installed: PPO not compared")
+    E, N = max(8, episodes // 2), 64  # episodes; tokens of the task and of the answer
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(V + 2)}, unk_token="0")),
+                                                 pad_token=str(V), eos_token=str(V + 1), padding_side="left")  # neither is ever sampled
+    tasks = datasets.Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, V, (E, N)).tolist()})
+    head = lambda layers: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**{**shape, "num_hidden_layers": layers, "num_labels": 1}))
+
+    def their_update():
+        with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            args = PPOConfig(output_dir=out, total_episodes=E, per_device_train_batch_size=E, num_mini_batches=1, num_ppo_epochs=1, response_length=N,
+                             temperature=1.0, local_rollout_forward_batch_size=E, num_sample_generations=0, save_strategy="no", report_to=[], use_cpu=True,
+                             bf16=False, gradient_checkpointing=False, disable_tqdm=True, missing_eos_penalty=None, stop_token=None, learning_rate=1e-5)
+            policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+            trainer = PPOTrainer(args, words, policy, copy.deepcopy(policy), head(1), tasks, head(cfg.n_layer), eval_dataset=tasks.select(range(1)))
+            began = time.perf_counter()
+            trainer.train()
+            return time.perf_counter() - began
+
+    ppo = dataclasses.replace(cfg, ppo_batch=E, ppo_epochs=1, ppo_minibatches=1, ppo_primer=0)
+    endless.half, reference, optimiser = False, GPT(endless.config), torch.optim.AdamW(endless.parameters(), lr=1e-5)
+
+    def our_update():
+        began = time.perf_counter()
+        row = train.reinforce(ppo, train.Learner(endless), optimiser, reference, mem1, [Metronome(1) for _ in range(E)], 0, 0, 1)
+        assert row["tokens"] == E * N and row["gap"] < 1e-4
+        return time.perf_counter() - began
+
+    seconds = np.array([(their_update(), our_update()) for _ in range(pairs + 1)][1:])
+    note("update_vs_trl", seconds, f"{E} episodes of one turn, {N} tokens read, {N} written; trl {trl.__version__}, policy and critic of {size} weights each")
+
+
+def peak_memory(reset=False):
+    """Most memory in use (MB) since the last reset; nan where the system does not tell."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    except OSError:
+        return math.nan
+
+
 def provenance():
     """What the numbers depend on besides the seed: code and machine."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -549,6 +889,8 @@ def misfit(state, world):
     for name, saved in state["models"].items():
         if not isinstance(saved, list) or len(saved) != 2 or not isinstance(saved[0], dict) or {*saved[0]} != {*vars(GPTConfig(0))}:
             return f"model {name}"
+        if any(type(number) is not int for number in saved[0].values()):
+            return f"model {name}"
         config = GPTConfig(**saved[0])
         if config != GPTConfig(config.vocab_size, world.n_layer, world.n_head, world.n_embd) or config.vocab_size not in range(1, ENC.n_vocab + 1) or not fits(saved[1], config):
             return f"model {name}"
@@ -589,6 +931,8 @@ def main():
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of a layout together")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs, as markdown")
     parser.add_argument("--assets", metavar="DIR", help="with --table: write results.json and figures there, and the tables into the README beside it")
+    parser.add_argument("--bench", action="store_true", help="how fast all is, on one core")
+    parser.add_argument("--peers", action="store_true", help="with --bench: also against transformers and trl, where they are installed")
     parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -602,6 +946,9 @@ def main():
         parser.error("--assets goes with --table")
     torch.set_num_threads(args.threads)
     say = (lambda line: None) if args.json else tqdm.write
+    if args.bench:
+        results = bench(say, args.peers, args.episodes == 1)
+        return print(json.dumps(results)) if args.json else None
     if args.compare:
         results = compare(args.compare, say)
         return print(json.dumps(results)) if args.json else None

@@ -231,7 +231,7 @@ class Cache:
             buffer[:n] = buffer[order]
 
     def reserve(self, T):
-        """Make room for T more tokens in every row, half as much again if there is none. Their positions (B, T).
+        """Make room for T more tokens in every row, and for some beyond. Their positions (B, T).
 
         Once a turn, when several come at once, it waits for the device to learn how long the longest row is;
         while tokens come one by one it counts along.
@@ -240,9 +240,9 @@ class Cache:
             self.most = int(self.n[: self.B].max())
         self.most, L = self.most + T, self.k.size(3)
         if self.most > L:
-            grow = (0, 0, 0, max(self.most, L * 3 // 2) - L)
+            grow = (0, 0, 0, -(-self.most // 32) * 32 - L)  # by no more: what MEM1 needs does not grow, so neither does this
             self.k, self.v = F.pad(self.k, grow), F.pad(self.v, grow)
-        self.used = min(-(-self.most // 32) * 32, self.k.size(3))  # a multiple of 32: few shapes
+        self.used = -(-self.most // 32) * 32  # a multiple of 32: few shapes
         self.slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
         return self.slots
 
