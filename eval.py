@@ -44,7 +44,6 @@ import time
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -831,36 +830,37 @@ def peak_memory(reset=False):
 
 def provenance():
     """What the numbers depend on besides the seed: code and machine."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(commit=git.stdout.strip() or "unknown", machine=f"{platform.machine()}, {os.cpu_count()} cores",
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
+    return dict(commit=commit or "unknown", machine=f"{platform.machine()}, {os.cpu_count()} cores",
                 python=platform.python_version(), torch=torch.__version__)
 
 
-ADDED_LATER = dict(env="qa", kinds=("list",), facts="", skip_bad_facts=False, names=200)  # what the configuration of an older run does not say
 CHECKPOINTS = "checkpoint.pt", "previous.pt"  # the last one of a run, and the one before it
 
 
 def load_run(path):
-    """(world, models) of a run's directory; exits with one line if there is no such run."""
+    """(its configuration, its models) of a run's directory; exits with one line if there is no such run."""
+    import train  # which imports this file
+
+    def error(problem):
+        raise ValueError(problem)
+
     config = Path(path) / "config.json"
     if not config.is_file():
         sys.exit(f"eval.py: {config} does not exist; expected the directory of a run of train.py, such as runs/cpu")
     try:
-        world = SimpleNamespace(**{**ADDED_LATER, **json.loads(config.read_text())["config"]})
+        world = train.Config(**{**vars(train.Config()), **train.read_config(config, error, whole=False)})
         world.facts = world.facts and str(Path(path) / Path(world.facts).name)  # the run's own copy
-        if min(world.n_layer, world.n_head, world.n_embd // 2 // world.n_head, world.eval_episodes, *world.eval_objectives) < 1 or max(world.eval_objectives) > envs.farthest(world):
-            raise ValueError("a number that is too small or too large")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as problem:
-        sys.exit(f"eval.py: {config} is not the configuration of a run ({type(problem).__name__}: {problem})")
-    try:
+        train.check(world, error)
         ENC.add(envs.words_of(world))
-    except (OSError, ValueError) as problem:
-        sys.exit(f"eval.py: {path}: the facts that this run was trained on: {problem}")
-    try:
         state, told = last_state(path, world)
-    except ValueError as problem:
-        sys.exit(f"eval.py: {problem}")
-    print(*(f"eval.py: {line}" for line in told), sep="\n", end="\n" * bool(told), file=sys.stderr)
+    except (OSError, ValueError) as problem:
+        sys.exit(f"eval.py: {path}: {problem}")
+    for line in told:
+        print(f"eval.py: {line}", file=sys.stderr)
     return world, state["models"]
 
 
@@ -886,23 +886,32 @@ def misfit(state, world):
     for name, kind in kinds.items():
         if type(state[name]) is not kind or kind is not dict and not 0 <= state[name] < 2**40:
             return name
+    def fit(weights):
+        table = weights.get("emb.weight") if isinstance(weights, dict) else None
+        words = len(table) if isinstance(table, torch.Tensor) and table.dim() else 0  # more may have been added since
+        return 0 < words <= ENC.n_vocab and fits(weights, GPTConfig(words, world.n_layer, world.n_head, world.n_embd))
+
     for name, saved in state["models"].items():
-        if not isinstance(saved, list) or len(saved) != 2 or not isinstance(saved[0], dict) or {*saved[0]} != {*vars(GPTConfig(0))}:
+        if not isinstance(saved, list) or len(saved) != 2 or not fit(saved[1]):
             return f"model {name}"
-        if any(type(number) is not int for number in saved[0].values()):
+        if not isinstance(saved[0], dict) or any(type(number) is not int for number in saved[0].values()):
             return f"model {name}"
-        config = GPTConfig(**saved[0])
-        if config != GPTConfig(config.vocab_size, world.n_layer, world.n_head, world.n_embd) or config.vocab_size not in range(1, ENC.n_vocab + 1) or not fits(saved[1], config):
+        if saved[0] != vars(GPTConfig(len(saved[1]["emb.weight"]), world.n_layer, world.n_head, world.n_embd)):
             return f"model {name}"
-    config = GPTConfig(ENC.n_vocab, world.n_layer, world.n_head, world.n_embd)
-    if state["model"] is not None and not fits(state["model"], config):
+    model, optimiser, best = state["model"], state["optimiser"], state["best"]
+    if model is not None and not fit(model):
         return "model"
-    if state["best"] is not None and not (isinstance(state["best"], list) and type(state["best"][0]) is float and fits(state["best"][-1], config)):
+    if best is not None and not (isinstance(best, list) and len(best) == 2 and type(best[0]) is float and fit(best[1])):
         return "best"
+    if model is None or optimiser is None:
+        return None if model is optimiser else "optimiser"
     shapes = lambda x: x.shape if isinstance(x, torch.Tensor) else {k: shapes(v) for k, v in x.items()} if isinstance(x, dict) else None
-    moments = {i: dict(step=(), exp_avg=w.shape, exp_avg_sq=w.shape) for i, w in enumerate((state["model"] or {}).values())}
-    optimiser = state["optimiser"]
-    if optimiser is not None if state["model"] is None else not isinstance(optimiser, dict) or shapes(optimiser.get("state")) not in (moments, {}):  # {}: no step yet
+    moments = {i: dict(step=(), exp_avg=w.shape, exp_avg_sq=w.shape) for i, w in enumerate(model.values())}
+    fresh = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    if not isinstance(optimiser, dict) or {*optimiser} != {"state", "param_groups"} or shapes(optimiser["state"]) not in (moments, {}):  # {}: no step yet
+        return "optimiser"
+    (group, *others) = optimiser["param_groups"] if isinstance(optimiser["param_groups"], list) and optimiser["param_groups"] else [None]
+    if others or not isinstance(group, dict) or {*group} != {*fresh} or group["params"] != [*range(len(model))]:
         return "optimiser"
     return None
 

@@ -322,7 +322,7 @@ def restore(path):
         raise ValueError(f"{path}: {error.strerror}") from None
     try:
         form, size, digest = (json.loads(head)[key] for key in ("format", "bytes", "sha256"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a checkpoint: its first line is not one of `{FORMAT}`") from None
     if form != FORMAT:
         raise ValueError(f"{path} is a `{form}`, this version reads `{FORMAT}`")

@@ -90,8 +90,10 @@ def clipped(logp, old_logp, clip=0.2):
     return ((logp - old_logp).exp() - 1).abs().gt(clip).float()
 
 
-def explained_variance(value, ret):
-    """1 - Var(ret - value) / Var(ret): 1 is a perfect critic, 0 one that knows the mean only. A float."""
-    if len(ret) < 2 or ret.var() < 1e-12:
-        return 0.0
-    return float(1 - (ret - value).var() / ret.var())
+def explained_variance(value, ret, total=lambda t: t):
+    """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0 one that knows the mean only. A float."""
+    x = torch.stack([ret, ret - value])  # (2, M)
+    n = total(torch.tensor(float(x.size(1)), device=x.device))
+    mean = total(x.sum(1)) / n  # (2,)
+    of_ret, of_rest = total(((x - mean[:, None]) ** 2).sum(1)).tolist()
+    return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0

@@ -1193,17 +1193,40 @@ def test_the_split_into_processes_and_passes_changes_nothing_and_all_skip_a_step
             assert row["skipped"] == same_row["skipped"] == 6 * (step == 5)
             if step != 5:
                 assert (gradient - same_gradient).abs().max() < 1e-9 * gradient.norm()
-                assert {k: v for k, v in row.items() if k != "gap"} == {k: pytest.approx(v, abs=1e-9) for k, v in same_row.items() if k != "gap"} | {"ev": row["ev"]}
+                assert {k: v for k, v in row.items() if k != "gap"} == {k: pytest.approx(v, abs=1e-9) for k, v in same_row.items() if k != "gap"}
     for step, (_, _, weights) in enumerate(alone):
         assert (weights - before).abs().max() == 0.0 if step == 5 else (weights - before).abs().max() > 1e-4  # control: the others do move
         before = weights
+
+
+def two_steps(rank, world_size, port, out):
+    """Two steps of imitation by several processes, at once and with an interruption between them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
+    cfg = train.Config(device="cpu", nproc=world_size, primer_steps=2, primer_batch=12, eval_every=1, eval_objectives=(1,), eval_episodes=3, ppo_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "table", lambda *a: {})
+        patch.setattr(train, "POLICIES", {})
+        for name, stops in ("whole", [0]), ("parts", [signal.SIGTERM]), ("parts", [0]):
+            cfg.out, cfg.agents, cfg.resume = str(out / name), (), (out / name / "checkpoint.pt").exists()
+            Path(cfg.out).mkdir(exist_ok=True)
+            dist.barrier()
+            with contextlib.suppress(SystemExit):
+                train.train(rank, world_size, cfg, stops)
+
+
+def test_a_run_of_three_processes_that_was_interrupted_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+    torch.multiprocessing.spawn(two_steps, (3, free_port(), tmp_path), nprocs=3)
+    ours, theirs = (model_py.restore(tmp_path / name / "checkpoint.pt")["models"] for name in ("parts", "whole"))
+    assert len(metrics(tmp_path / "parts")) == 2
+    same_weights(ours, theirs)
 
 
 def test_the_gradient_that_is_not_finite_five_times_in_a_row_ends_the_run_and_what_was_saved_stays(tmp_path):
     patch = "old = module.ppo.policy_loss; module.ppo.policy_loss = lambda *a: old(*a) / 0"
     code, _, err = script("train.py", *TINY, "--agents", "mem1", "--ppo-steps", 9, "--out", tmp_path / "run", patch=patch)
     assert code == 4 and len(err.splitlines()) == 1 and "lower --ppo-lr" in err, err
-    assert [row["skipped"] for row in metrics(tmp_path / "run") if row["stage"] == "ppo"] == [6, 6, 6, 6]
+    assert [row["skipped"] for row in metrics(tmp_path / "run") if row["stage"] == "ppo"] == [6] * 5
     assert set(evaluation.load_run(tmp_path / "run")[1]) == {"primer", "mem1-demos"}
 
 
@@ -1218,7 +1241,7 @@ def test_two_processes_do_the_same_as_one(finished, tmp_path):
 
 
 def test_two_machines_under_torchrun_do_the_same_as_one_process(finished, tmp_path):
-    port, flags = free_port(), [*map(str, TINY), "--agents", "mem1", "--out", str(tmp_path / "run")]
+    port, flags = free_port(), [*map(str, TINY), "--agents", "mem1", "--reward", "judge", "--out", str(tmp_path / "run")]
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1",
                                "--master_port", str(port), "train.py", *flags], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in range(2)]
@@ -1226,7 +1249,8 @@ def test_two_machines_under_torchrun_do_the_same_as_one_process(finished, tmp_pa
     assert first[2] == second[2] == 0 and "results in" in first[0] + second[0], (first, second)
     assert ("results in" in first[0]) != ("results in" in second[0])  # one of them prints
     for one, two in zip(metrics(finished[0]), metrics(tmp_path / "run")):
-        assert one["stage"] == "ppo" or two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["stage"] == "judge" or two["stage"] == "ppo" or two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert [row["stage"] for row in metrics(tmp_path / "run")] == ["primer"] * 4 + ["demos"] * 4 + ["judge"] * 4 + ["ppo"] * 4
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
@@ -1249,6 +1273,19 @@ def test_a_process_that_hangs_or_dies_ends_the_run_with_one_line_and_it_can_be_r
     assert code == 0 and len(metrics(tmp_path / "run")) == 68 > before, err
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_ctrl_c_while_the_processes_start_stops_them_after_the_first_step_without_a_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", *TINY, "--nproc", "2", "--out", str(tmp_path / "run")], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not any("spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children.read_text().split()):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in out and not err, (process.returncode, out, err)
+
+
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     """Three kills; with PROFILE=thorough, a hundred. Half of them while a checkpoint is being written."""
     draw, kills, run = np.random.default_rng(0), 100 if THOROUGH else 3, 0
@@ -1264,11 +1301,11 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished,
             while kills > 0 and process.poll() is None and time.time() < at and not (while_saving and (out / "checkpoint.pt.tmp").exists()):
                 time.sleep(0.0005)
             if kills > 0 and process.poll() is None:
-                process.kill()
+                process.send_signal(signal.SIGKILL if draw.random() < 0.7 else signal.SIGTERM)
                 kills -= 1
             _, err = process.communicate(timeout=100)
             code = process.returncode
-            assert code in (0, -signal.SIGKILL) and not err, (code, err)
+            assert code in (0, 143, -signal.SIGTERM, -signal.SIGKILL) and not err, (code, err)
             if code and (out / "metrics.jsonl").exists() and draw.random() < 0.5:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write('{"stage": "pri')  # the power went as well
@@ -1314,10 +1351,11 @@ def with_head(data, **changes):
 
 
 @pytest.fixture(scope="module")
-def two_checkpoints(finished, tmp_path_factory):
-    """A run with two checkpoints: (its directory, its world, bytes of the last one, what is in the one before)."""
+def two_checkpoints(tmp_path_factory):
+    """A run that was stopped in the midst of PPO: (its directory, its world, bytes of its last checkpoint, what is in the one before)."""
     out = tmp_path_factory.mktemp("files") / "run"
-    shutil.copytree(finished[0], out)
+    code, _, err = script("train.py", *TINY, "--ppo-steps", 500, "--out", out, interrupt=(out / "metrics.jsonl", 13, signal.SIGTERM))
+    assert code == 143, err
     return out, evaluation.load_run(out)[0], (out / "checkpoint.pt").read_bytes(), model_py.restore(out / "previous.pt")
 
 
@@ -1340,20 +1378,22 @@ def test_of_a_damaged_or_foreign_checkpoint_one_line_is_said_and_the_one_before_
 
 
 @MORE
-@given(st.integers(0, 99), st.sampled_from(range(13)))
+@given(st.integers(0, 99), st.sampled_from(range(14)))
 def test_a_checkpoint_whose_contents_do_not_fit_its_run_is_refused_in_one_line(two_checkpoints, place, other):
     """What is in there is right but for one thing, which is replaced by something else; its checksum is right."""
     out, world, whole, before = two_checkpoints
     state = model_py.restore(out / "previous.pt")
     places = [(state, key) for key in state] + [(state["models"], key) for key in state["models"]] + [(state["models"]["primer"], i) for i in (0, 1)]
     places += [(state["models"]["primer"][i], key) for i in (0, 1) for key in state["models"]["primer"][i]]
+    places += [(state["best"], 0), (state["best"], 1), (state["optimiser"], "state"), (state["optimiser"], "param_groups"), (state["optimiser"]["param_groups"], 0)]
+    places += [(state["optimiser"]["state"], 0), (state["optimiser"]["state"][0], "step"), (state["optimiser"]["state"][3], "exp_avg")]
     holder, key = places[place % len(places)]
     old = holder[key]
-    holder[key] = ([-1, 2**62, 0.5, float("nan"), "x", [], {}, True, torch.zeros(3), torch.zeros(()).expand(10**6, 10**6), [1, 2], {"a": 1}, [{}, {}]])[other]
+    holder[key] = ([-1, 2**62, 0.5, float("nan"), "x", [], {}, True, torch.zeros(3), torch.zeros(()).expand(10**6, 10**6), [1, 2], {"a": 1}, [{}, {}], None])[other]
     (out / "checkpoint.pt").write_bytes(with_head(packed(state)))
     wrong = evaluation.misfit(model_py.restore(out / "checkpoint.pt"), world)
     if wrong is None:  # what could be there as well
-        assert type(holder[key]) is type(old) and (key == "seconds" or holder[key] == {})
+        assert type(holder[key]) is type(old) and holder is state and key in ("seconds", "models", "best") or holder[key] == {} or holder[key] is None, (key, holder[key])
         return
     _, told = evaluation.last_state(out, world)
     assert len(told) == 1 and len(told[0].splitlines()) == 1 and wrong in told[0]
@@ -1404,8 +1444,8 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
         assert train.world(cfg, cfg.seed, 0, 0, 0, n).prompt
 
 
-@FEWER
-@given(st.sampled_from([f.name for f in dataclasses.fields(train.Config)]), st.sampled_from([None, -1, 10**30, 0.5, float("nan"), "x", [], [1], ["x"], {}, True]))
+@MORE
+@given(st.sampled_from([f.name for f in dataclasses.fields(train.Config)]), st.sampled_from([None, -1, 10**30, 0.5, float("nan"), "x", [], [1], ["x"], {}, True, [1, 2]]))
 def test_a_configuration_that_was_tampered_with_is_taken_or_refused_in_one_line(two_checkpoints, name, value):
     out = two_checkpoints[0]
     whole = (out / "config.json").read_text()
@@ -1414,7 +1454,10 @@ def test_a_configuration_that_was_tampered_with_is_taken_or_refused_in_one_line(
     (out / "config.json").write_text(json.dumps(fields))
     cfg, code, lines = parsed("--resume", "--out", out)
     (out / "config.json").write_text(whole)
-    assert cfg is not None or code == 2 and len(lines) == 1 and (name.replace("_", "-") in lines[0].replace("_", "-") or "expected" in lines[0]), lines
+    if cfg is None:
+        assert code == 2 and len(lines) == 1 and (name.replace("_", "-") in lines[0].replace("_", "-") or "expected" in lines[0]), lines
+    else:
+        assert all(train.world(cfg, 0, 0, 0, 0, n).prompt for n in {*cfg.objectives, *cfg.eval_objectives})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"config": 1}', '{"config": {}}', "\x00"])

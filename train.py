@@ -19,8 +19,8 @@ The agent `mem1` prunes its context, the agent `full` keeps everything; only the
 Every random choice is keyed by (seed, stage, step, episode): see `rng`. So a resumed run repeats an
 uninterrupted one, and any number of processes plays the same episodes.
 
-Exit codes: 0 finished, 2 bad input, 3 no checkpoint that is whole, 4 gradients not finite, 5 can not write,
-6 a process died or hung, 130 and 143 stopped by SIGINT and SIGTERM. After all but 2 and 3 `--resume` goes on.
+Exit codes: 0 finished, 2 bad input, 3 no checkpoint that is whole, 4 gradients not finite, 5 can not write, 6 a process
+died or hung, 130 and 143 stopped by SIGINT and SIGTERM, 1 anything else. After 5, 6, 130 and 143 `--resume` goes on.
 """
 import argparse
 import contextlib
@@ -31,6 +31,7 @@ import fcntl
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -224,16 +225,20 @@ def optimise(learner, optimiser, cfg, work):
     """One optimiser step on `work` [(pack, loss of (pack, logp, value, entropy)), ...], summed over all processes.
 
     Returns the gradient's norm. Gradients meet in the last backward pass only. DDP takes their mean, hence
-    the factor. Since all processes have the same sum then, one number in one of them that is not finite makes
-    all skip the step together.
+    the factor. A loss or gradient that is not finite in one process makes all skip the step together, and the
+    norm nan.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     optimiser.zero_grad(set_to_none=True)
+    summed = torch.zeros(1, device=cfg.device)
     for k, (batch, loss) in enumerate(work):
         batch = batch.to(cfg.device)
         with learner.no_sync() if world_size > 1 and k < len(work) - 1 else contextlib.nullcontext():
-            (loss(batch, *learner(batch)) * world_size).backward()
-    norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip).item()
+            value = loss(batch, *learner(batch))
+            (value * world_size).backward()
+        summed += value.detach()
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), cfg.grad_clip)
+    norm = (norm + 0.0 * total(summed)).item()  # nan if any loss is not finite
     if np.isfinite(norm):
         optimiser.step()
     return norm
@@ -389,7 +394,7 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
     means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
     return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / n, clip=clip / n,
-                ent=entropy / n, ev=ppo.explained_variance(old_value, ret), gap=most(gap).item(),
+                ent=entropy / n, ev=ppo.explained_variance(old_value, ret, total), gap=most(gap).item(),
                 norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(n))
 
 
@@ -406,40 +411,94 @@ def stop(code, message, rank=0):
 
 def run(rank, world_size, cfg):
     """Every process runs this; rank 0 alone prints and writes."""
+    signals = [0]
+    on_stop(lambda number, frame: signals.append(number))  # the step is finished and saved first
+    parent = torch.multiprocessing.parent_process()
+    if parent and not parent.is_alive():  # it died before this process could be told
+        sys.exit(6)
     torch.set_num_threads(cfg.threads)
     tqdm.set_lock(threading.RLock())  # instead of a semaphore, which a process that is killed would leave behind
-    again = f"to go on: python train.py --out {cfg.out} --resume"
+    over = threading.Event()
     try:
         if world_size > 1:
-            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", rank=rank, world_size=world_size,
-                                    timeout=datetime.timedelta(seconds=cfg.timeout))
+            patience = datetime.timedelta(seconds=cfg.timeout * (20 if cfg.compile else 1))
+            store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+            dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+                                    world_size=world_size, timeout=patience)
+            threading.Thread(target=watch, args=(store.clone(), rank, world_size, cfg, over), daemon=True).start()
         if cfg.device == "cuda":
             cfg.device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank))}"
             torch.cuda.set_device(cfg.device)
             torch.set_float32_matmul_precision("high")  # TF32
-        train(rank, world_size, cfg, again)
+        train(rank, world_size, cfg, signals)
         if world_size > 1:
+            over.set()
+            dist.barrier(group=evaluation.patient())
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
-        stop(1, f"the GPU is out of memory; a lower --pack-tokens or --ppo-batch needs less; {again}")
-    except OSError as error:
-        stop(5, f"{error.filename or cfg.out} can not be written: {error.strerror}; nothing written before is lost; {again}")
+        stop(1, f"the GPU is out of memory; a lower --pack-tokens or --ppo-batch needs less; {to_go_on(cfg)}")
     except RuntimeError as error:
         if world_size == 1 or not (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection|timed out", str(error), re.I)):
             raise
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # else the parent says it, once
-            print(f"train.py: process {rank} of {world_size} lost another: it died, or was silent for {cfg.timeout} s; {again}", file=sys.stderr, flush=True)
-        os._exit(6)  # without waiting for those who do not answer
+        lost(rank, world_size, cfg)
+    finally:
+        over.set()
 
 
-def train(rank, world_size, cfg, again):
-    """All stages from where the run stands, then the final table."""
+def lost(rank, world_size, cfg):
+    """End this process since another one does not answer."""
+    if "RANK" in os.environ:  # torchrun; else the parent says it, once
+        print(f"train.py: process {rank} of {world_size} lost another: it died, or was silent for {cfg.timeout} s; {to_go_on(cfg)}", file=sys.stderr, flush=True)
+    os._exit(6)  # without waiting for it
+
+
+def watch(store, rank, world_size, cfg, over):
+    """Beside the work: sign every second that this process lives, and see whether the next one does, in whatever it may be busy with."""
+    count, since, other = 0, time.monotonic(), (rank + 1) % world_size
+    store.set_timeout(datetime.timedelta(seconds=cfg.timeout))
+    while not over.is_set():
+        try:
+            store.add(f"alive {rank}", 1)
+            signed = store.add(f"alive {other}", 0)
+        except RuntimeError:  # the store is gone, and with it process 0
+            signed, since = count, -math.inf
+        if signed != count:
+            count, since = signed, time.monotonic()
+        if time.monotonic() - since > cfg.timeout and not over.is_set():
+            lost(rank, world_size, cfg)
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def writing(cfg):
+    """What can not be written ends the run."""
+    try:
+        yield
+    except OSError as error:
+        stop(5, f"{error.filename or cfg.out} can not be written: {error.strerror}; nothing written before is lost; {to_go_on(cfg)}")
+
+
+def to_go_on(cfg):
+    return "to go on: the same command with --resume" if "RANK" in os.environ else f"to go on: python train.py --out {cfg.out} --resume"
+
+
+def on_stop(handler):
+    """What to do on Ctrl-C and on SIGTERM."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
+
+
+def train(rank, world_size, cfg, signals):
+    """All stages from where the run stands, then the final table. signals: those that came in; the last one counts."""
     ENC.add(envs.words_of(cfg))
-    out, signals = Path(cfg.out), [0]
+    out = Path(cfg.out)
     lock = alone(out) if rank == 0 else None  # held as long as this process lives
-    for number in signal.SIGINT, signal.SIGTERM:  # the step is finished and saved first
-        signal.signal(number, lambda number, frame: signals.append(number))
-    say = tqdm.write if rank == 0 else lambda line: None
+
+    def say(line):
+        try:
+            tqdm.write(line) if rank == 0 else None
+        except BrokenPipeError:  # nobody listens any more; metrics.jsonl has all of it
+            sys.stdout = open(os.devnull, "w")
 
     stages = [] if cfg.start else [("primer", None)]
     for agent in cfg.agents:
@@ -451,19 +510,24 @@ def train(rank, world_size, cfg, again):
     def keep(**kwargs):
         state.update(kwargs, seconds=time.perf_counter() - started)
         if rank == 0:
-            with open(out / "metrics.jsonl", "a") as file:
+            with writing(cfg), open(out / "metrics.jsonl", "a") as file:
                 os.fsync(file.fileno())  # what leads to a checkpoint is on the disk before it
-            save(out / "checkpoint.pt", state, previous=out / "previous.pt")
+                save(out / "checkpoint.pt", state, previous=out / "previous.pt")
+        if world_size > 1:
+            dist.barrier(group=evaluation.patient())  # nobody waits in a training step, or leaves, while it is being written
 
     if not cfg.resume:
         keep()
     while state["stage"] < len(stages):
         stage, agent = stages[state["stage"]]
-        steps, name = getattr(cfg, f"{stage}_steps"), agent if stage == "ppo" else f"{agent}-{stage}" if agent else "primer"
+        steps = steps_of(cfg, (stage, agent))
         model, reference, judge, optimiser = build(cfg, stage, agent, state)
         learner = Learner(model)
         if world_size > 1:
             learner = nn.parallel.DistributedDataParallel(learner)
+            # After its first backward pass DDP orders what it sums anew. Let that be over: a resumed run must not sum in another order.
+            for batch in pack([exercise(cfg, 0, 0, 2)], cfg.pack_tokens):
+                sum(0.0 * x.sum() for x in learner(batch.to(cfg.device))).backward()
         lr, every = getattr(cfg, f"{stage}_lr"), cfg.eval_every * (1 if stage == "ppo" else 25)
         longest = depth_needed(cfg, agent) if agent else None
 
@@ -482,8 +546,6 @@ def train(rank, world_size, cfg, again):
                 row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
             state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
-            if state["skipped"] == 5:
-                stop(4, f"{stage} step {step + 1}: the gradient was not finite five times in a row; begin anew with a lower --{stage}-lr (it is {lr})", rank)
             done = step + 1
             if stage in ("demos", "ppo") and (done % every == 0 or done == steps):
                 for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
@@ -493,36 +555,46 @@ def train(rank, world_size, cfg, again):
                     state["best"] = [look["em"], weights_of(model)]
             if rank == 0:
                 row = dict(stage=stage, agent=agent, step=done, minutes=(time.perf_counter() - started) / 60, **row)
-                with open(out / "metrics.jsonl", "a") as file:
+                with writing(cfg), open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
                 if stage == "ppo" or done % (10 if stage == "judge" else 50) == 0 or done == steps:
                     say(line(stage, agent, done, steps, row, (time.perf_counter() - began) * (steps - done)))
+            if state["skipped"] == 5:
+                stop(4, f"{stage} step {done}: losses or gradients were not finite in five steps in a row; begin anew with a lower --{stage}-lr (it is {lr})", rank)
             stopping = int(most(torch.tensor([signals[-1]], device=cfg.device)))
             if done % every == 0 or done == steps or stopping:
                 keep(step=done, model=model.state_dict(), optimiser=optimiser.state_dict())
             if stopping:
-                total(torch.zeros(1, device=cfg.device))  # nobody leaves before it is saved
-                say(f"stopped after {stage} step {done}/{steps}; {again}")
+                on_stop(signal.SIG_IGN)  # once is enough
+                say(f"stopped after {stage} step {done}/{steps}; {to_go_on(cfg)}")
                 sys.exit(128 + stopping)
         weights = state["best"][1] if stage == "ppo" else weights_of(model)  # PPO: early stopping, chosen by validation
-        state["models"][name] = [dataclasses.asdict(model.config), weights]
+        state["models"][name_of(stage, agent)] = [dataclasses.asdict(model.config), weights]
         keep(stage=state["stage"] + 1, step=0, model=None, optimiser=None, best=None)
 
-    for number in signal.SIGINT, signal.SIGTERM:  # from here on all is saved
-        signal.signal(number, lambda number, frame: (say(f"stopped before the final table; {again}"), sys.exit(128 + number)))
+    def leave(number, frame=None):
+        on_stop(signal.SIG_IGN)
+        say(f"stopped before the final table; {to_go_on(cfg)}")
+        sys.exit(128 + number)
+
+    on_stop(leave)  # all is saved
     if signals[-1]:
-        os.kill(os.getpid(), signals[-1])
+        leave(signals[-1])
     results = evaluation.table(state["models"], cfg, evaluation.methods(state["models"]), say, cfg.eval_episodes, rank, world_size, cfg.device)
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=(time.perf_counter() - started) / 60, **evaluation.provenance())
     if rank == 0:
-        write_atomically(out / "results.json", json.dumps({**results, "meta": meta}, indent=1).encode())
+        with writing(cfg):
+            write_atomically(out / "results.json", json.dumps({**results, "meta": meta}, indent=1).encode())
     say(evaluation.trend(results))
     say(f"{meta['minutes']:.0f} minutes; results in {out}/results.json; see what the agent does: python eval.py {out} --show 2")
 
 
 def alone(out):
     """A lock on a run's directory, as long as what is returned stays open: two processes that write there would lose both runs."""
-    file = open(out / "lock", "w")
+    try:
+        file = open(out / "lock", "w")
+    except OSError as error:
+        stop(2, f"--out {out}: {error.strerror}; give a directory that can be written to")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -534,35 +606,50 @@ def alone(out):
 
 def begin(cfg, stages, rank):
     """The state of a run, new or from its last checkpoint; and on the disk what belongs to it and no more."""
-    out, state = Path(cfg.out), dict(stage=0, step=0, seconds=0.0, skipped=0, models={}, model=None, optimiser=None, best=None)
+    out, state, told = Path(cfg.out), dict(stage=0, step=0, seconds=0.0, skipped=0, models={}, model=None, optimiser=None, best=None), []
     if cfg.resume:
         try:
             state, told = evaluation.last_state(out, cfg)
+            if state["stage"] > len(stages) or state["step"] > (steps_of(cfg, stages[state["stage"]]) if state["stage"] < len(stages) else 0):
+                raise ValueError(f"the checkpoint in {out} is at a stage and step that this run does not have")
+            if missing := {name_of(*stage) for stage in stages[: state["stage"]]} - {*state["models"]}:
+                raise ValueError(f"the checkpoint in {out} is without its {', '.join(sorted(missing))}")
         except ValueError as problem:
             stop(3, f"--resume: {problem}; there is nothing to go on from, begin anew with another --out", rank)
-        for problem in told:
-            print(f"train.py: {problem}", file=sys.stderr) if rank == 0 else None
-        if state["stage"] > len(stages) or state["stage"] < len(stages) and state["step"] > getattr(cfg, f"{stages[state['stage']][0]}_steps"):
-            stop(3, f"--resume: the checkpoint in {out} is at a stage and step that this run does not have", rank)
     elif cfg.start:
         models = evaluation.load_run(cfg.start)[1]
         state["models"] = {f"{agent}-demos": models[f"{agent}-demos"] for _, agent in stages}
-    at = torch.tensor([state["stage"], state["step"]], device=cfg.device)
-    if (most(at.clone()) != -most(-at)).any():
+    here = torch.tensor([state["stage"], state["step"]], device=cfg.device)
+    if (most(here.clone()) != -most(-here)).any():
         stop(3, f"--resume: the processes found different checkpoints in {out}; it must be on a disk that all machines share", rank)
-    if rank == 0:
+    if rank:
+        return state
+    with writing(cfg):
+        if told:
+            print(*(f"train.py: {problem}" for problem in told), sep="\n", file=sys.stderr)
+            os.replace(out / "previous.pt", out / "checkpoint.pt")  # the next one would push the good one out
         config = dict(config={**dataclasses.asdict(cfg), "device": cfg.device.split(":")[0]}, **evaluation.provenance())
         write_atomically(out / "config.json", json.dumps(config, indent=1).encode())
-        metrics, kept, at = out / "metrics.jsonl", [], (state["stage"], state["step"])
+        metrics, kept = out / "metrics.jsonl", []
         for text in metrics.read_text().splitlines(True) if metrics.exists() and cfg.resume else []:
             try:
                 row = json.loads(text)
-                if (stages.index((row["stage"], row["agent"])), row["step"]) <= at and text.endswith("\n"):  # what comes later is done again
+                at = stages.index((row["stage"], row["agent"])), row["step"]
+                if at <= (state["stage"], state["step"]) and text.endswith("\n"):  # what comes later is done again
                     kept.append(text)
             except (ValueError, KeyError, TypeError):
                 pass  # half a line, of a process that was killed
         write_atomically(metrics, "".join(kept).encode())
     return state
+
+
+def steps_of(cfg, stage):
+    return getattr(cfg, f"{stage[0]}_steps")
+
+
+def name_of(stage, agent):
+    """Of the model that comes out of a stage."""
+    return agent if stage == "ppo" else f"{agent}-{stage}" if agent else stage
 
 
 def build(cfg, stage, agent, state):
@@ -580,6 +667,8 @@ def build(cfg, stage, agent, state):
     if state["model"]:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        for group in optimiser.param_groups:
+            group["fused"] = cfg.device.startswith("cuda")  # where it runs now, not where it was saved
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64  # the shapes of several agents, with gradients and without
         for block in [*model.blocks, *reference.blocks]:
@@ -634,21 +723,26 @@ def main():
         return run(rank, cfg.nproc, cfg)
     with socket.socket() as s:  # a free port to meet at
         s.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), TORCH_CPP_LOG_LEVEL="ERROR")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # what is said below is enough
+    signals = []
+    on_stop(signal.SIG_IGN)  # as long as the children start: they take it over
     children = torch.multiprocessing.spawn(run, (cfg.nproc, cfg), nprocs=cfg.nproc, join=False)
-    for number in signal.SIGINT, signal.SIGTERM:  # passed on: the children end the step, save, and say how to go on
-        signal.signal(number, lambda number, frame: [os.kill(p.pid, number) for p in children.processes if p.is_alive()])
+    on_stop(lambda number, frame: signals.append(number))
     try:
-        while not children.join(grace_period=5):
-            pass
-    except torch.multiprocessing.ProcessExitedException:
+        while not children.join(timeout=1, grace_period=5):
+            for process in children.processes if signals else []:  # again and again: one that is starting does not hear it yet
+                if process.is_alive():
+                    os.kill(process.pid, signals[-1])
+    except torch.multiprocessing.ProcessExitedException as error:
         codes = [process.exitcode for process in children.processes]
         for code in codes:
             if code > 0 and code != 6:  # it has said why
                 sys.exit(code)
-        gone = [i for i, code in enumerate(codes) if code < 0] or ["?"]
-        stop(6, f"process {gone[0]} of {cfg.nproc} died, or was silent for {cfg.timeout} s; to go on: python train.py --out {cfg.out} --resume")
+        killed = [i for i, code in enumerate(codes) if code == -signal.SIGKILL]
+        gone = [error.error_index] if codes[error.error_index] < 0 else killed
+        who = f"process {gone[0]} of {cfg.nproc}" if gone else "one of the processes"
+        stop(6, f"{who} died, or was silent for {cfg.timeout} s; {to_go_on(cfg)}")
 
 
 def sweep(cfg, given):
@@ -718,12 +812,19 @@ def forecast(jobs, assets, nproc):
     return f"about {hours:.1f} hours, going by the last sweep ({next(iter(meta.values()))['machine']}, and its flags)"
 
 
+CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"], env=[*envs.ENVS], layout=[*LAYOUTS],
+               agents=[*POLICIES], kinds=[*envs.KINDS], reward=[*envs.REWARDS, "judge"])
+
+
 def parse_arguments():
     """(Config, the fields that were given) from the command line: a flag a field, a preset's values instead of the defaults."""
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n")
-    choices = dict(preset=list(PRESETS), device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"], env=envs.ENVS, layout=list(LAYOUTS), agents=list(POLICIES), kinds=envs.KINDS, reward=[*envs.REWARDS, "judge"])
+    torchrun = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") if name in os.environ}
+    first = torchrun.get("RANK", "0") == "0"  # the others are silent
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (python train.py --help lists the flags)\n" * first)
+    if torchrun and (len(torchrun) < 4 or not all(value.isdecimal() for value in torchrun.values())):
+        parser.error(f"the environment has {torchrun}: expected RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, or none of them")
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), reasons.get(f.name, "") + f" [{f.default}]"
         if f.type is bool:
@@ -731,9 +832,9 @@ def parse_arguments():
         elif f.name == "sweep":
             parser.add_argument(flag, type=int, nargs="?", const=3, help=text)
         elif f.type is tuple:
-            parser.add_argument(flag, type=type(f.default[0]), nargs="+", choices=choices.get(f.name), help=text.replace("%", "%%"))
+            parser.add_argument(flag, type=type(f.default[0]), nargs="+", choices=CHOICES.get(f.name), help=text.replace("%", "%%"))
         else:
-            parser.add_argument(flag, type=f.type, choices=choices.get(f.name), help=text.replace("%", "%%"))
+            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     given.setdefault("preset", "gpu" if torch.cuda.is_available() else "cpu")
     preset = PRESETS[given["preset"]]
@@ -741,7 +842,8 @@ def parse_arguments():
     if given.get("resume"):  # a run keeps the configuration it began with, but for where it runs
         if not any((out / name).is_file() for name in evaluation.CHECKPOINTS):
             parser.error(f"--resume: {out} holds no checkpoint; give the --out of an interrupted run, or leave --resume away")
-        preset = read_config(out / "config.json", parser.error)
+        preset = {**read_config(out / "config.json", parser.error), "out": str(out)}
+        preset["facts"] = preset["facts"] and str(out / Path(preset["facts"]).name)  # the run's own copy
         for name in given.keys() - {"out", "resume", "device", "nproc", "threads", "timeout", "compile", "preset"}:
             same = Path(given[name]).name == Path(preset[name]).name if name == "facts" else given[name] == preset[name]  # of the facts the run has a copy
             if not same:
@@ -757,36 +859,47 @@ def parse_arguments():
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"
     if cfg.device == "cuda" and not gpus:
-        parser.error("--device cuda: torch finds no GPU here; leave the flag away to train on the CPU")
+        parser.error("--device cuda: torch finds no GPU here; --device cpu trains on the CPU")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
     have, what = (gpus, "GPUs") if cfg.device == "cuda" else (os.cpu_count(), "cores")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", max(0, cfg.nproc))) > have or cfg.nproc < 0:
-        parser.error(f"--nproc {os.environ.get('LOCAL_WORLD_SIZE', cfg.nproc)}: expected at most one for each of the {have} {what} of this machine")
-    cfg.nproc = int(os.environ.get("WORLD_SIZE", cfg.nproc)) or (have if cfg.device == "cuda" else min(4, have))  # under torchrun, what it says
+    if torchrun and given.get("nproc", 0) not in (0, int(torchrun["WORLD_SIZE"])):
+        parser.error(f"--nproc {cfg.nproc}: torchrun has started {torchrun['WORLD_SIZE']} processes; leave --nproc away")
+    here = int(torchrun.get("LOCAL_WORLD_SIZE", cfg.nproc))
+    if not 0 <= here <= have:
+        parser.error(f"--nproc {here}: expected at most one for each of the {have} {what} of this machine")
+    cfg.nproc = int(torchrun.get("WORLD_SIZE", 0)) or cfg.nproc or (have if what == "GPUs" else min(4, have))
     check(cfg, parser.error)
+    check_run(cfg, parser.error)
+    for line in envs.read_facts(cfg.facts, cfg.skip_bad_facts)[1] if cfg.facts and first else []:
+        print(f"{cfg.facts}: {line}")
     return cfg, given
 
 
-def read_config(path, error):
-    """The fields of a run's config.json, each of the type that it has in Config."""
+def read_config(path, error, whole=True):
+    """The fields of a run's config.json, each of the type that it has in Config. whole: all of them, as this version writes them."""
     try:
-        fields = json.loads(path.read_text())["config"]
-        names = {f.name: f for f in dataclasses.fields(Config)}
-        if {*fields} != {*names}:
-            error(f"{path}: begun by another version of train.py ({', '.join(sorted({*fields} ^ {*names}))[:80]}); go on with that one, or begin anew")
-        for name, value in fields.items():
-            kind, parts = names[name].type, value if isinstance(value, list) else [value]
-            kinds = {type(names[name].default[0])} if kind is tuple else {int, float} if kind is float else {kind}
-            if isinstance(value, list) != (kind is tuple) or not all(type(part) in kinds for part in parts):
-                error(f"{path}: {name} is {str(value)[:40]}, expected {kind.__name__}; it is not what train.py wrote")
+        fields = dict(json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        error(f"{path} is not the configuration of a run ({type(problem).__name__}); begin anew with another --out")
+        error(f"{path} is not the configuration of a run ({type(problem).__name__}: {problem}); begin anew with another --out")
+    names = {f.name: f for f in dataclasses.fields(Config)}
+    if {*fields} != {*names} and (whole or not {*fields} < {*names}):
+        error(f"{path}: begun by another version of train.py ({', '.join(sorted({*fields} ^ {*names}))[:80]}); go on with that one, or begin anew")
+    for name, value in fields.items():
+        kind, parts = names[name].type, value if isinstance(value, list) else [value]
+        kinds = {type(names[name].default[0])} if kind is tuple else {int, float} if kind is float else {kind}
+        if isinstance(value, list) != (kind is tuple) or not all(type(part) in kinds for part in parts):
+            error(f"{path}: {name} is {str(value)[:40]}, expected {kind.__name__}; it is not what train.py wrote")
     return fields
 
 
 def check(cfg, error):
-    """Every mistake that can be known before the work begins: error(what was given, what was expected)."""
+    """Every mistake in a configuration by itself: error(what was given, what was expected)."""
+    for name, choices in CHOICES.items():
+        values = getattr(cfg, name)
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if not values or any(value not in choices for value in values):
+            error(f"--{name} {' '.join(map(str, values))}: expected {', '.join(choices)}")
     for name in "objectives", "hops":
         bounds = getattr(cfg, name)
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
@@ -807,7 +920,7 @@ def check(cfg, error):
     if cfg.n_embd % (2 * cfg.n_head):
         error(f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
     try:
-        told = envs.read_facts(cfg.facts, cfg.skip_bad_facts)[1] if cfg.facts else []
+        cfg.facts and envs.read_facts(cfg.facts, cfg.skip_bad_facts)
     except (OSError, ValueError) as problem:
         error(f"--facts: {problem}")
     if (cfg.facts or cfg.env != "qa") and [*cfg.kinds] != ["list"]:
@@ -816,26 +929,34 @@ def check(cfg, error):
         error(f"--facts {cfg.facts} --env {cfg.env}: a file of facts is asked about in --env qa; leave one away")
     if cfg.names > len(envs.NAMES) and (cfg.facts or cfg.env != "qa"):
         error(f"--names {cfg.names}: only the invented world of --env qa has more names than {len(envs.NAMES)}; leave it away")
-    for line in told:
-        print(f"{cfg.facts}: {line}")
     if cfg.hops[1] > len(envs.COLONS):
         error(f"--hops {cfg.hops}: expected at most {len(envs.COLONS)}")
     if not cfg.facts and (cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0):
         error(f"--hops {cfg.hops} --distractors {cfg.distractors}: the world has {len(envs.RELATIONS)} relations in all")
-    farthest, processes = envs.farthest(cfg), 1 if cfg.sweep else cfg.nproc
+    farthest = envs.farthest(cfg)
     for name in "objectives", "eval_objectives":
-        if not all(1 <= n <= farthest for n in getattr(cfg, name)):
+        if not getattr(cfg, name) or not all(1 <= n <= farthest for n in getattr(cfg, name)):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected 1 to {farthest}: with --hops {cfg.hops} there are no more indices or names")
+    for name in "agents", "kinds":
+        if len({*getattr(cfg, name)}) < len(getattr(cfg, name)):
+            error(f"--{name} {' '.join(getattr(cfg, name))}: expected each only once")
+
+
+def check_run(cfg, error):
+    """Every mistake in where and from what a run is to begin."""
+    processes = 1 if cfg.sweep else cfg.nproc
+    if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        error("--compile: torch needs a C++ compiler for that (g++, or what $CXX says), and there is none; leave the flag away")
     if cfg.judge_batch < 2 * processes:
         error(f"--judge-batch {cfg.judge_batch}: expected at least two episodes for each process (--nproc {processes})")
     for name in "primer_batch", "demos_batch", "demos_primer", "ppo_batch", "ppo_primer", "valid_episodes", "eval_episodes":
         if getattr(cfg, name) < processes and (name, cfg.ppo_primer) != ("ppo_primer", 0):
             error(f"--{name.replace('_', '-')} {getattr(cfg, name)}: expected at least one for each of the {processes} processes (--nproc)")
-    for name in "agents", "kinds":
-        if len({*getattr(cfg, name)}) < len(getattr(cfg, name)):
-            error(f"--{name} {' '.join(getattr(cfg, name))}: expected each only once")
     if cfg.start and not cfg.resume:
-        world, models = evaluation.load_run(cfg.start)
+        try:
+            world, models = evaluation.load_run(cfg.start)
+        except SystemExit as problem:
+            error(f"--start: {str(problem).removeprefix('eval.py: ')}")
         for agent in cfg.agents:
             if f"{agent}-demos" not in models:
                 error(f"--start {cfg.start}: this run has not imitated the {agent} agent yet; expected one that has, or other --agents")
