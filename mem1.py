@@ -501,10 +501,10 @@ def pack(trajs, budget=8192, which=None):
             first += sum(branch.trained)
     branches = branches or [(0, Branch([IS], [False]), 0)]
     depth = lambda b: len(trajs[b[0]].task) + len(b[1].ids)
-    branches.sort(key=depth)
+    branches.sort(key=lambda b: (depth(b) // 16, b[0]))  # of about like length, and those of a trajectory together: they share its trunk
     packs = []
     while branches:
-        chunk, tasks, size = [], {}, depth(branches[-1])  # the longest first: it sets the width of its Pack
+        chunk, tasks, size = [], {}, depth(branches[-1])  # the longest first: they set the width of their Pack
         while branches and (not chunk or size * len(chunk) < budget):
             chunk.append(branches.pop())
             tasks.setdefault(chunk[-1][0], len(tasks))  # trajectory -> row of its trunk

@@ -381,8 +381,10 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
 
     for epoch in range(cfg.ppo_epochs):
         order = rng(cfg.seed, PPO, step, epoch, 3).permutation(cfg.ppo_batch)  # of all processes
-        for k, chosen in enumerate(np.array_split(order, cfg.ppo_minibatches)):
-            chosen = [e // world_size for e in sorted(chosen) if e % world_size == rank]
+        lanes = 8 if cfg.ppo_batch % (8 * cfg.ppo_minibatches) == 0 else 1  # of 2, 4 or 8 processes each has as many in a minibatch
+        order = order[np.argsort(order % lanes, kind="stable")].reshape(lanes, -1)
+        for k, chosen in enumerate(np.array_split(order, cfg.ppo_minibatches, axis=1)):
+            chosen = [e // world_size for e in sorted(chosen.flat) if e % world_size == rank]
             packs = pack(views, cfg.pack_tokens, which=chosen)
             key = cfg.primer_steps + cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
             exercises = [exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)]
