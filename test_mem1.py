@@ -1116,6 +1116,16 @@ def test_evaluation_reads_a_run_and_repeats_its_results(finished):
     assert code == 0 and text.count("task   <task>") == 2 and "right would be" in text
 
 
+def test_the_benchmark_measures_the_same_work_and_says_what_it_promises():
+    code, text, err = script("eval.py", "--bench", "--json", "--episodes", 1)
+    assert code == 0, err
+    found = json.loads(text)
+    assert {"rollout_vs_hf", "rollout_vs_nocache", "learner_vs_per_turn_2", "learner_vs_per_turn_16", "mfu", "update_vs_trl", "env_share",
+            "cache_growth_mem1", "cache_growth_full"} <= set(found)
+    assert found["rollout_vs_hf"] is found["update_vs_trl"] is None and found["rollout_vs_nocache"] > 1
+    assert 0 < found["mfu"] < 1 and 0 < found["env_share"] < 0.5
+
+
 def test_layouts_are_measured_against_what_acted(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "eval.py --layouts --json --episodes 3 --objectives 2,4".split())
     evaluation.main()
