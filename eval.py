@@ -37,6 +37,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -953,6 +954,8 @@ def main():
         parser.error(f"--device {args.device}: expected cpu, or cuda where torch finds a GPU")
     if args.assets and not args.table:
         parser.error("--assets goes with --table")
+    if args.peers and not args.bench:
+        parser.error("--peers goes with --bench")
     torch.set_num_threads(args.threads)
     say = (lambda line: None) if args.json else tqdm.write
     if args.bench:
@@ -1014,4 +1017,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

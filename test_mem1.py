@@ -1528,7 +1528,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
 
 @pytest.mark.parametrize("flags, words", [
     (["--threads", "0"], "at least 1"), (["--episodes", "-1"], "at least 1"), (["--device", "abacus"], "expected cpu"), (["--objectives", "0"], "invalid"),
-    (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table")])
+    (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table"), (["--peers"], "goes with --bench")])
 def test_bad_input_to_the_evaluation_gets_one_line_too(finished, flags, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(finished[0]), *flags])
     with pytest.raises(SystemExit) as exit:
