@@ -1484,7 +1484,7 @@ def test_what_is_not_a_configuration_is_refused_in_one_line(two_checkpoints, tex
 
 @pytest.mark.parametrize("preset", ["gpu", "paper"])
 def test_the_large_presets_take_their_first_steps_at_reduced_width_with_products_in_bfloat16(preset, tmp_path):
-    flags = f"--preset {preset} --agents mem1 --n-layer 2 --n-embd 32 --n-head 2 --primer-steps 1 --primer-batch 8 --demos-steps 1 --demos-batch 4 --demos-primer 4 --ppo-steps 1 --ppo-batch 8 --eval-episodes 2 --valid-episodes 2 --eval-objectives 1 2 --dtype bfloat16 --nproc 1".split()
+    flags = f"--preset {preset} --agents mem1 --n-layer 2 --n-embd 32 --n-head 2 --primer-steps 1 --primer-batch 8 --demos-steps 1 --demos-batch 4 --demos-primer 4 --ppo-steps 1 --ppo-batch 8 --ppo-primer 4 --eval-episodes 2 --valid-episodes 2 --eval-objectives 1 2 --dtype bfloat16 --nproc 1".split()
     code, _, err = script("train.py", *flags, "--out", tmp_path / "run")
     assert code == 0, err
     rows = metrics(tmp_path / "run")
