@@ -668,9 +668,9 @@ def build(cfg, stage, agent, state):
                                   fused=cfg.device.startswith("cuda"))
     if state["model"]:
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        for group in optimiser.param_groups:
+        for group in state["optimiser"]["param_groups"]:
             group["fused"] = cfg.device.startswith("cuda")  # where it runs now, not where it was saved
+        optimiser.load_state_dict(state["optimiser"])
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64  # the shapes of several agents, with gradients and without
         for block in [*model.blocks, *reference.blocks]:
