@@ -39,8 +39,8 @@ import numpy as np
 
 RELATIONS = ("heir rival mentor ally spouse pupil guard cousin deputy doctor tenant neighbour").split()
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
-NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
-ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(NAMES)]
+ALL_NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
+ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(ALL_NAMES)]
 NAMES = ALL_NAMES[:200]  # the others are no tokens: an agent has to spell them
 INDICES = [f"#{i}" for i in range(80)]  # wider than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()

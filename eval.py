@@ -538,12 +538,12 @@ def acted_out(model, world, n, episodes, policy):
     seconds, turn by turn; the cache."""
     make = lambda: [envs.make(world, n, [0, TEST, n, j, 0]) for j in range(episodes)]
     lines = [Lines(demonstrate(env, policy).turns) for env in make()]
-    clock, caches = [], []
+    starts, caches = [], []  # of the task and of each turn; the one that was made
     with instead(core, sample=recite, Cache=lambda *a: caches.append(Cache(*a)) or caches[0],
-                 feed=lambda *a, feed=core.feed: clock.append(time.perf_counter()) or feed(*a)):
+                 feed=lambda *a, feed=core.feed: starts.append(time.perf_counter()) or feed(*a)):
         trajs = rollout(model, make(), policy, lines)
     assert all(traj.env.em == n for traj in trajs), "the demonstrator was not repeated"
-    return trajs, np.diff([*clock[1:], time.perf_counter()]), caches[0]
+    return trajs, np.diff([*starts[1:], time.perf_counter()]), caches[0]
 
 
 @contextlib.contextmanager
@@ -700,7 +700,7 @@ def bench(say, peers, quick):
     # An iteration: where the time goes.
     cfg.ppo_batch = episodes
     learner, reference = train.Learner(model), GPT(model.config)
-    optimiser, spent = torch.optim.AdamW(model.parameters(), lr=1e-9), dict.fromkeys(("act", "sample", "pack", "learn"), 0.0)
+    optimiser, spent = torch.optim.AdamW(model.parameters(), lr=1e-9), dict.fromkeys(("act", "sample", "make", "learn"), 0.0)
 
     def timed(name, function):
         def wrapped(*args, **kwargs):
@@ -713,18 +713,18 @@ def bench(say, peers, quick):
     def iteration():
         return train.reinforce(cfg, learner, optimiser, reference, policy, [train.world(cfg, 0, train.PPO, 0, i) for i in range(cfg.ppo_batch)], 0, 0, 1)
 
-    lines = [Lines(demonstrate(train.world(cfg, 0, train.PPO, 0, i), policy).turns * 9) for i in range(cfg.ppo_batch)]
-    repeat = lambda model, worlds, policy, rngs: rollout(model, worlds, policy, lines)
-    iteration_, began = None, None
+    scripts = [demonstrate(train.world(cfg, 0, train.PPO, 0, i), policy).turns for i in range(cfg.ppo_batch)]
+    repeat = lambda model, worlds, policy, rngs: rollout(model, worlds, policy, [Lines(turns) for turns in scripts])
     with instead(core, sample=recite, feed=timed("sample", core.feed), write=timed("sample", core.write)):
-        with instead(train, rollout=timed("act", repeat), pack=timed("pack", train.pack), optimise=timed("learn", train.optimise)):
+        with instead(train, rollout=timed("act", repeat), optimise=timed("learn", train.optimise),
+                     **{name: timed("make", getattr(train, name)) for name in ("pack", "world", "exercise")}):
             iteration()
             spent.update(dict.fromkeys(spent, 0.0))
             began = time.perf_counter()
             for _ in range(1 if quick else 3):
                 iteration()
             whole = time.perf_counter() - began
-    parts = {"sampling": spent["sample"], "forward, backward, step": spent["learn"], "worlds, packing, Python": spent["act"] - spent["sample"] + spent["pack"]}
+    parts = {"sampling": spent["sample"], "forward, backward, step": spent["learn"], "worlds, packing, Python": spent["act"] - spent["sample"] + spent["make"]}
     parts["reference, advantages, the rest"] = whole - sum(parts.values())
     found["env_share"], found["iteration_s"] = parts["worlds, packing, Python"] / whole, whole / (1 if quick else 3)
     say(f"a PPO iteration of {cfg.ppo_batch} episodes: {found['iteration_s']:.2f} s: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items()))
@@ -807,7 +807,7 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
             return time.perf_counter() - began
 
     ppo = dataclasses.replace(cfg, ppo_batch=E, ppo_epochs=1, ppo_minibatches=1, ppo_primer=0)
-    endless.half, reference, optimiser = False, GPT(endless.config), torch.optim.AdamW(endless.parameters(), lr=1e-5)
+    reference, optimiser = GPT(endless.config), torch.optim.AdamW(endless.parameters(), lr=1e-5)
 
     def our_update():
         began = time.perf_counter()
@@ -887,6 +887,7 @@ def misfit(state, world):
     for name, kind in kinds.items():
         if type(state[name]) is not kind or kind is not dict and not 0 <= state[name] < 2**40:
             return name
+
     def fit(weights):
         table = weights.get("emb.weight") if isinstance(weights, dict) else None
         words = len(table) if isinstance(table, torch.Tensor) and table.dim() else 0  # more may have been added since

@@ -452,14 +452,14 @@ def test_no_tensor_of_the_sampler_is_made_on_another_device():
 
 def test_with_products_in_bfloat16_sampler_and_learner_still_agree_roughly_and_the_probabilities_are_float32():
     gpt = talkative(dtype=torch.float32)
-    exact = evaluate(gpt, pack(play(gpt, mem1.mem1, [4, 3]))[0])[0]
     gpt.half = True
     trajs = play(gpt, mem1.mem1, [4, 3])
     (p,) = pack(trajs)
     logp, value, _ = evaluate(gpt, p)
     acted = torch.tensor(recorded(trajs, "logp"))[p.index]
     assert logp.dtype == value.dtype == torch.float32 and 0 < (logp - acted).abs().max() < 0.1
-    assert len(exact) != len(logp) or (exact - logp).abs().max() > 0  # control: the products are not float32
+    gpt.half = False
+    assert 1e-4 < (evaluate(gpt, p)[0] - logp).abs().max() < 0.1  # control: the products were not float32
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1398,13 +1398,11 @@ def test_a_checkpoint_whose_contents_do_not_fit_its_run_is_refused_in_one_line(t
     places += [(state["best"], 0), (state["best"], 1), (state["optimiser"], "state"), (state["optimiser"], "param_groups"), (state["optimiser"]["param_groups"], 0)]
     places += [(state["optimiser"]["state"], 0), (state["optimiser"]["state"][0], "step"), (state["optimiser"]["state"][3], "exp_avg")]
     holder, key = places[place % len(places)]
-    old = holder[key]
     holder[key] = ([-1, 2**62, 0.5, float("nan"), "x", [], {}, True, torch.zeros(3), torch.zeros(()).expand(10**6, 10**6), [1, 2], {"a": 1}, [{}, {}], None])[other]
     (out / "checkpoint.pt").write_bytes(with_head(packed(state)))
     wrong = evaluation.misfit(model_py.restore(out / "checkpoint.pt"), world)
     if wrong is None:  # what could be there as well
-        another = type(holder[key]) is type(old) and (holder is state and key in ("seconds", "models", "best") or holder is state["best"])
-        assert another or holder[key] in ({}, None), (key, holder[key])
+        assert (key, type(holder[key])) in (("seconds", float), (0, float), ("best", type(None)), ("models", dict), ("state", dict)) and not holder[key] == {"a": 1}, (key, holder[key])
         return
     _, told = evaluation.last_state(out, world)
     assert len(told) == 1 and len(told[0].splitlines()) == 1 and wrong in told[0]

@@ -69,7 +69,7 @@ class Config:
     threads: int = 1  # torch threads a process: more of them fight over small matrices
     timeout: int = 45  # seconds that a process waits for the others in a training step before it gives them up
     dtype: str = "auto"  # of matrix products: float32, bfloat16, or auto: bfloat16 on a GPU
-    compile: bool = False  # torch.compile the model: minutes at first, then faster; for large models
+    compile: bool = False  # torch.compile the layers: costs minutes at first, meant for large models on a GPU
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     start: str = ""  # a run whose imitated agents to take: then there is PPO only
     sweep: int = 0  # train every agent, and full context with twice the weights, from so many seeds; nproc runs side by side
