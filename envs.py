@@ -632,7 +632,8 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     if amnesic:
         answers = dict([*answers.items()][-1:]) if style == "apart" else {}
 
-    found = re.findall(rf"(?<!\S){re.escape(subject)} {re.escape(relations[0])} #?{WORD}", info)[:1] if query and relations else []
+    triples = re.findall(rf"(?<!\S)(?=(#?{WORD}) ({WORD}) (#?{WORD}))", info)
+    found = [" ".join(triple) for triple in triples if query and list(triple[:2]) == [subject, *relations[:1]]][:1]
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
     fresh, due, just_said = {}, "answer now" in info, read_seen(info)[1]

@@ -54,7 +54,7 @@ from tqdm import tqdm
 import envs
 import mem1 as core
 from mem1 import END, ENC, LAYOUTS, POLICIES, TAG_IDS, TASK, Trajectory, Turn, demonstrate, evaluate, expert, mem1, pack, parse, recorded, rollout, sample
-from model import GPT, Cache, GPTConfig, Prefix, fits, restore, write_atomically
+from model import GPT, Cache, GPTConfig, as_bias, attend, fits, restore, write_atomically
 
 VALID, TEST = 3, 4  # second part of an episode's seed; training has 0 to 2 (train.py)
 BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
@@ -594,6 +594,20 @@ def flops(model, trajs):
     return 3 * (2 * blocks * tokens + 4 * nl * C * pairs + 2 * C * ENC.n_vocab * trained)
 
 
+class Rows:
+    """The past of rows (B, T) that share nothing: as most train."""
+
+    def before(self, i, h, n):
+        return [torch.nn.functional.pad(h, (0, 0, j, -j)) for j in (3, 2, 1)]
+
+    def attend(self, i, q, k, v):
+        see = torch.ones(1, q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()  # (1, T, T)
+        return attend(*(x.transpose(1, 2) for x in (q, k, v)), as_bias(see))
+
+    def advance(self, n):
+        pass
+
+
 def a_row_a_turn(model, trajs, budget):
     """What MemAgent, verl-agent and others train on: each turn is a sequence of its own, task and all. Sum of logp, with gradients."""
     rows = [(traj.task + branch.ids, [False] * len(traj.task) + branch.trained) for traj in trajs for branch in traj.branches]
@@ -605,7 +619,7 @@ def a_row_a_turn(model, trajs, budget):
             chunk.append(rows.pop())
         ids = torch.tensor([r + [0] * (S - len(r)) for r, _ in chunk])  # (R, S)
         at = torch.tensor([b * S + t - 1 for b, (_, trained) in enumerate(chunk) for t in np.flatnonzero(trained)])  # (M,)
-        x = model(ids, torch.arange(S).expand(len(chunk), S), Prefix(model.config)).flatten(0, 1)[at]  # (M, C)
+        x = model(ids, torch.arange(S).expand(len(chunk), S), Rows()).flatten(0, 1)[at]  # (M, C)
         logp = model.logits(x).log_softmax(-1).gather(-1, ids.flatten()[at + 1][:, None]).sum()
         (logp + model.value(x).sum()).backward()
         summed += logp.item()
@@ -640,7 +654,7 @@ def without_a_cache(model, contexts, uniform):
     """nanoGPT's way: all is encoded again for each token."""
     for k in range(uniform.size(1)):
         B, L = contexts.shape
-        x = model(contexts, torch.arange(L).expand(B, L), Prefix(model.config))[:, -1]  # (B, C)
+        x = model(contexts, torch.arange(L).expand(B, L), Rows())[:, -1]  # (B, C)
         contexts = torch.cat([contexts, sample(model.logits(x), uniform[:, k])[0][:, None]], 1)
     return contexts[:, -uniform.size(1) :]
 

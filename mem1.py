@@ -39,7 +39,7 @@ import tiktoken
 import torch
 
 import envs
-from model import Cache, Prefix
+from model import Cache, Tree
 
 # ----------------------------------------------------------------------------------------------
 # Tokens. Tags are special tokens; every word of the world is one token; other text is bytes.
@@ -469,74 +469,83 @@ def sample(logits, uniform=None):
 
 @dataclass
 class Pack:
-    """Some branches and the trunks they grow from, padded on the right. What is trained is listed flat (M,)."""
-    trunk: torch.Tensor  # (B, P) ids of the tasks
-    trunk_n: torch.Tensor  # (B,) real tokens in each
-    trunk_pos: torch.Tensor  # (B, P)
-    ids: torch.Tensor  # (R, S) ids of the branches
-    pos: torch.Tensor  # (R, S)
-    parent: torch.Tensor  # (R,) the trunk of each branch
-    at: torch.Tensor  # (M,) where in (R * S) the row stands that predicts a trained token: at its parent
+    """Some branches and the trunks they grow from as one list of N tokens, no padding. What is trained is listed flat (M,)."""
+    ids: torch.Tensor  # (1, N)
+    pos: torch.Tensor  # (1, N)
+    before: torch.Tensor  # (3, N) where the three tokens before it are, + 1; 0: there is none
+    groups: list  # rectangles for attention: (queries (R, S), keys (R, L), see (R, S, L) bool), places of tokens
+    place: torch.Tensor  # (N,) where what is read for a token is, in the rectangles laid end to end
+    at: torch.Tensor  # (M,) the token whose row predicts a trained one: its parent
     target: torch.Tensor  # (M,) id of the trained token
     index: torch.Tensor  # (M,) its place among all trained tokens of the trajectories, in the order of sampling
-    see: object = None  # (R, S, P+S) bool, in layouts that are not a tree: what each token may attend to
 
     def to(self, device):
         pin = (lambda x: x.pin_memory()) if torch.device(device).type == "cuda" else lambda x: x  # then the copy does not wait
-        return Pack(**{name: x if x is None else pin(x).to(device, non_blocking=True) for name, x in vars(self).items()})
+        move = lambda x: type(x)(map(move, x)) if isinstance(x, (list, tuple)) else pin(x).to(device, non_blocking=True)
+        return Pack(**{name: move(x) for name, x in vars(self).items()})
 
 
 def pack(trajs, budget=8192, which=None):
-    """Trajectories as a list of Packs of at most about `budget` tokens, branches of like length together.
+    """Trajectories as a list of Packs of about `budget` tokens.
 
     which: only these trajectories; `index` still counts the tokens of all. Every trained token is in
     exactly one Pack. With nothing to train comes one Pack of no trained tokens, so that a process
     without work still takes part in the backward pass of the others.
     """
-    branches, first = [], 0  # (trajectory, branch, place of its first trained token)
+    chunks, size, first = [[]], 0, 0  # first: place of a branch's first trained token
     for i, traj in enumerate(trajs):
         for branch in traj.branches:
             if which is None or i in which:
-                branches.append((i, branch, first))
+                if size >= budget:
+                    chunks, size = [*chunks, []], 0
+                size += len(branch.ids) + (0 if any(i == other for other, _, _ in chunks[-1][-1:]) else len(traj.task))
+                chunks[-1].append((i, branch, first))
             first += sum(branch.trained)
-    branches = branches or [(0, Branch([IS], [False]), 0)]
-    depth = lambda b: len(trajs[b[0]].task) + len(b[1].ids)
-    branches.sort(key=lambda b: (depth(b) // 16, b[0]))  # of about like length, and those of a trajectory together: they share its trunk
-    packs = []
-    while branches:
-        chunk, tasks, size = [], {}, depth(branches[-1])  # the longest first: they set the width of their Pack
-        while branches and (not chunk or size * len(chunk) < budget):
-            chunk.append(branches.pop())
-            tasks.setdefault(chunk[-1][0], len(tasks))  # trajectory -> row of its trunk
-        packs.append(_collate(trajs, chunk, tasks))
-    return packs
+    return [_collate(trajs, chunk or [(0, Branch([IS], [False]), 0)]) for chunk in chunks]
 
 
-def _collate(trajs, chunk, tasks):
-    """Branches `chunk` [(trajectory, branch, first)] and their tasks {trajectory: row} as one Pack."""
-    depths = np.arange(max(len(trajs[i].task) + len(branch.ids) for i, branch, _ in chunk))
-    where = lambda i, start, n: (depths if trajs[i].positions is None else trajs[i].positions)[start : start + n]
-    P, S = max(len(trajs[i].task) for i in tasks), max(len(branch.ids) for _, branch, _ in chunk)
-    trunk, trunk_pos = np.zeros((2, len(tasks), P), int)
-    ids, pos = np.zeros((2, len(chunk), S), int)
-    for i, r in tasks.items():
-        n = len(trajs[i].task)
-        trunk[r, :n], trunk_pos[r, :n] = trajs[i].task, where(i, 0, n)
+def _collate(trajs, chunk):
+    """Branches `chunk` [(trajectory, branch, first)] and their trunks as one Pack."""
+    ids, pos, before, rows, trunks = [], [], [], [], {}
     at, target, index = [], [], []
-    see = np.zeros((len(chunk), S, P + S), bool) if chunk[0][1].see is not None else None
-    for r, (i, branch, first) in enumerate(chunk):
-        n = len(branch.ids)
-        if see is not None:
-            see[r, :n, : len(trajs[i].task)], see[r, :n, P : P + n] = np.split(branch.see, [len(trajs[i].task)], axis=1)
-        ids[r, :n], pos[r, :n] = branch.ids, where(i, len(trajs[i].task), n)
+
+    def add(new, positions, trunk, see=None):
+        """Put tokens behind those at `trunk`. Their places."""
+        mine = np.arange(len(ids), len(ids) + len(new))
+        keys = np.concatenate([trunk, mine])
+        before.append([np.concatenate([[-1] * 3, keys])[j:][len(trunk) : len(keys)] + 1 for j in range(3)])
+        rows.append((mine, keys, np.tri(len(keys), dtype=bool)[len(trunk) :] if see is None else see))
+        ids.extend(new)
+        pos.extend(positions)
+        return mine
+
+    for i, branch, first in chunk:
+        P, n = len(trajs[i].task), len(branch.ids)
+        depths = np.arange(P + n) if trajs[i].positions is None else trajs[i].positions[: P + n]
+        if i not in trunks:
+            trunks[i] = add(trajs[i].task, depths[:P], np.arange(0))
+        mine = add(branch.ids, depths[P:], trunks[i], branch.see)
         trained = np.flatnonzero(branch.trained)  # never 0: a branch begins with what was given
-        at.append(r * S + trained - 1)  # the row at t - 1 predicts ids[t]
-        target.append(ids[r, trained])
+        at.append(mine[trained - 1])
+        target.append(np.array(branch.ids)[trained])
         index.append(first + np.arange(len(trained)))
-    arrays = dict(trunk=trunk, trunk_n=[len(trajs[i].task) for i in tasks], trunk_pos=trunk_pos, ids=ids, pos=pos,
-                  parent=[tasks[i] for i, _, _ in chunk], at=np.concatenate(at), target=np.concatenate(target),
-                  index=np.concatenate(index), see=see)
-    return Pack(**{name: x if x is None else torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
+    # Rectangles: the longest row sets the height, and those of at least three quarters of it fill it up.
+    rows.sort(key=lambda row: (-len(row[0]), -len(row[1])))
+    groups, place, filled = [], np.zeros(len(ids), int), 0
+    while rows:
+        S = len(rows[0][0])
+        R = sum(len(mine) >= 0.75 * S for mine, _, _ in rows)
+        L = max(len(keys) for _, keys, _ in rows[:R])
+        queries, keys, see = np.zeros((R, S), int), np.zeros((R, L), int), np.zeros((R, S, L), bool)
+        for r, (mine, context, sees) in enumerate(rows[:R]):
+            queries[r, : len(mine)], keys[r, : len(context)], see[r, : len(mine), : len(context)] = mine, context, sees
+            place[mine] = filled + r * S + np.arange(len(mine))
+        groups.append(tuple(map(torch.as_tensor, (queries, keys, see))))
+        filled += R * S
+        rows = rows[R:]
+    arrays = dict(ids=[ids], pos=[pos], before=np.concatenate(before, 1), place=place, at=np.concatenate(at),
+                  target=np.concatenate(target), index=np.concatenate(index))
+    return Pack(groups=groups, **{name: torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
 
 
 def recorded(trajs, name):
@@ -547,13 +556,10 @@ def recorded(trajs, name):
 def evaluate(model, pack):
     """The learner's view of a Pack: logp, value and entropy (M,) of its trained tokens, with gradients.
 
-    The trunk is encoded once; each branch is a row that attends to its trunk's keys and values and to
-    itself. That is what the sampler did, by the same `forward`, so logp equals what was recorded.
+    A trunk is encoded once; each branch attends to its trunk's keys and values and to itself. That is
+    what the sampler did, by the same `forward`, so logp equals what was recorded.
     """
-    past = Prefix(model.config)
-    model(pack.trunk, pack.trunk_pos, past, pack.trunk_n)
-    x = model(pack.ids, pack.pos, past.branch(pack.parent, pack.see))  # (R, S, C)
-    x = x.flatten(0, 1)[pack.at]  # (M, C)
+    x = model(pack.ids, pack.pos, Tree(pack))[0, pack.at]  # (M, C)
     logps = model.logits(x).log_softmax(-1)  # (M, V)
     logp = logps.gather(-1, pack.target[:, None]).squeeze(-1)  # (M,)
     return logp, model.value(x), -(logps.exp() * logps).sum(-1)

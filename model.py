@@ -5,7 +5,7 @@
 
 One `forward` serves both sides of reinforcement learning, so that they cannot disagree:
     the sampler   looks back on a `Cache`: static buffers, written in place, rolled back to the prompt
-    the learner   looks back on a `Prefix`: the prompt's keys and values, kept differentiable
+    the learner   looks back on a `Tree`: many contexts at once, what they share held once, no padding
 At the end: how a model is kept in a file, such that no crash, no full disk and no flipped bit goes unseen.
 
 Differs from GPT-2, each because half a million weights have to learn to look things up in minutes:
@@ -64,10 +64,9 @@ class GPT(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16) if self.half else contextlib.nullcontext():
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             angle = pos[..., None] * self._frequencies(x)  # (B, T, rope/2)
-            rotation = angle.cos()[:, None], angle.sin()[:, None]  # each (B, 1, T, rope/2)
-            bias = past.mask(ids.size(1), ids.device).logical_not().to(x.dtype) * -1e9  # (B or 1, 1, T, L); True may attend -> 0
+            rotation = angle.cos()[:, :, None], angle.sin()[:, :, None]  # each (B, T, 1, rope/2)
             for i, block in enumerate(self.blocks):
-                x = block(x, rotation, bias, past, i, n)  # (B, T, C)
+                x = block(x, rotation, past, i, n)  # (B, T, C)
             past.advance(ids.size(1) if n is None else n)
             return self.ln_out(x)  # (B, T, C)
 
@@ -107,20 +106,18 @@ class Block(nn.Module):
         self.taps.data[-2] += 0.5
         self.proj.weight.data.copy_(0.3 * v.T)
 
-    def forward(self, x, rotation, bias, past, i, n):
-        wide = past.with_tail(i, self.ln_1(x), n)  # (B, 3+T, C): the last three inputs of the past, then the new ones
-        q, k, v = self.heads(wide, rotation)  # each (B, nh, T, hs)
-        k, v = past.extend(i, k, v)  # each (B, nh, L, hs)
-        return self.output(x, q, k, v, bias)  # (B, T, C)
+    def forward(self, x, rotation, past, i, n):
+        h = self.ln_1(x)
+        q, k, v = self.heads(h, past.before(i, h, n), rotation)  # each (B, T, nh, hs)
+        return self.output(x, past.attend(i, q, k, v))  # (B, T, C)
 
-    def heads(self, wide, rotation):
-        B, T = wide.size(0), wide.size(1) - WIDTH + 1
-        h = wide[:, WIDTH - 1 :] + sum(wide[:, j : j + T] * self.taps[j] for j in range(WIDTH))  # (B, T, C)
-        q, k, v = self.qkv(h).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        return rotate(q, rotation), rotate(k, rotation), v
+    def heads(self, h, before, rotation):
+        h = h + sum(x * tap for x, tap in zip((*before, h), self.taps))  # (B, T, C)
+        qk, v = self.qkv(h).unflatten(-1, (3, self.n_head, -1)).split([2, 1], 2)  # (B, T, 2, nh, hs), (B, T, 1, nh, hs)
+        return *rotate(qk, rotation).unbind(2), v.squeeze(2)
 
-    def output(self, x, q, k, v, bias):
-        x = x + self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))  # (B, T, C)
+    def output(self, x, y):
+        x = x + self.proj(y)  # (B, T, C)
         return x + self.down(F.relu(self.up(self.ln_2(x))).square())
 
     def compile(self):
@@ -129,70 +126,62 @@ class Block(nn.Module):
 
 
 def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(hs) + bias) v. q (B, nh, T, hs), k and v (B, nh, L, hs), bias (B or 1, 1, T, L)."""
+    """softmax(q k^T / sqrt(hs) + bias) v. q (B, nh, T, hs), k and v (B, nh, L, hs), bias (B or 1, 1, T, L) -> (B, T, C)."""
     att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + bias  # (B, nh, T, L)
-    return att.softmax(-1) @ v  # (B, nh, T, hs)
+    return (att.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def as_bias(see):
+    """What may be seen (B, T, L), bool, as a bias (B, 1, T, L): 0 there, elsewhere so low that nothing comes through."""
+    return see.logical_not()[:, None] * -1e9
 
 
 def rotate(x, rotation):
-    """Rotary position embedding of the first channels of x (B, nh, T, hs); the rest sees no position."""
-    cos, sin = rotation  # each (B, 1, T, r)
-    r = cos.size(-1)
+    """Rotary position embedding of the first channels of x (B, T, 2, nh, hs); the rest sees no position."""
+    cos, sin = rotation  # each (B, T, 1, r)
+    cos, sin, r = cos[:, :, None], sin[:, :, None], cos.size(-1)
     a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (B, nh, T, hs)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (B, T, 2, nh, hs)
 
 
 # ----------------------------------------------------------------------------------------------
-# What the new tokens may look back on. Both kinds answer the same five calls of forward():
-#   mask(T, dev)        which of the L tokens each of the T new ones may attend to, True = may
-#   with_tail(i, h, n)  the convolution's window of layer i: its last three inputs, then h
-#   extend(i, k, v)     all keys and values of layer i, the new ones appended
+# What the new tokens may look back on. Both kinds answer the same three calls of forward():
+#   before(i, h, n)     what the convolution of layer i reads: of each token, h of the three before it, each (B, T, C)
+#   attend(i, q, k, v)  what the heads of layer i read
 #   advance(n)          n tokens have been added to each row
 
 
-class Prefix:
-    """The learner's past: grows by concatenation, so gradients flow back into the prompt.
+class Tree:
+    """The learner's past: all tokens of a mem1.Pack as one row (1, N), of which each has its own past among the others.
 
-    Fresh, it is empty, and takes the prompts (the trunk). `branch(rows)` then gives each row of a
-    second pass the keys and values of its prompt: encoded once, attended to by every turn.
+    Everything but attention is done on the tokens as they lie there: a prompt that many turns share is there
+    once, and nothing is padded. For attention the contexts are laid out as rectangles, those of like length together.
     """
 
-    def __init__(self, config):
-        self.k, self.v, self.tail = [None] * config.n_layer, [None] * config.n_layer, [None] * config.n_layer
-        self.n = None  # (B,) tokens in each row of the past
-        self.see = None  # (B, T, L) bool: who sees whom in the next pass; None: each token all before it
+    def __init__(self, pack):
+        self.places, self.place = pack.before, pack.place
+        self.groups = [(queries, keys, as_bias(see)) for queries, keys, see in pack.groups]
 
-    def branch(self, rows, see=None):
-        new = Prefix.__new__(Prefix)
-        new.see = see
-        new.k, new.v, new.tail = ([t[rows] for t in ts] for ts in (self.k, self.v, self.tail))
-        new.n = self.n[rows]
-        return new
+    def before(self, i, h, n):
+        rows = F.pad(h[0], (0, 0, 1, 0))  # (1 + N, C), the first stands for nothing
+        return [gather(rows, places)[None] for places in self.places]
 
-    def mask(self, T, device):
-        if self.see is not None:
-            return self.see[:, None]  # (B, 1, T, L)
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()[None, None]  # (1, 1, T, T)
-        if self.n is None:
-            return causal
-        P = self.k[0].size(2)
-        real = torch.arange(P, device=device) < self.n[:, None]  # (B, P): the prompt without its padding
-        B = len(self.n)
-        return torch.cat([real[:, None, None].expand(B, 1, T, P), causal.expand(B, 1, T, T)], -1)  # (B, 1, T, P+T)
-
-    def with_tail(self, i, h, n):
-        wide = F.pad(h, (0, 0, WIDTH - 1, 0)) if self.tail[i] is None else torch.cat([self.tail[i], h], 1)  # (B, 3+T, C)
-        self.tail[i] = last_inputs(wide, h.size(1) if n is None else n)
-        return wide
-
-    def extend(self, i, k, v):
-        if self.k[i] is not None:
-            k, v = torch.cat([self.k[i], k], 2), torch.cat([self.v[i], v], 2)
-        self.k[i], self.v[i] = k, v
-        return k, v  # (B, nh, P+T, hs)
+    def attend(self, i, q, k, v):
+        q, kv = q[0].flatten(1), torch.cat([k[0], v[0]], 1).flatten(1)  # (N, C), (N, 2C)
+        read = []
+        for queries, keys, bias in self.groups:  # (R, S), (R, L), (R, 1, S, L)
+            key, value = gather(kv, keys).unflatten(-1, (2, k.size(2), -1)).permute(2, 0, 3, 1, 4)  # each (R, nh, L, hs)
+            query = gather(q, queries).unflatten(-1, (k.size(2), -1)).transpose(1, 2)  # (R, nh, S, hs)
+            read.append(attend(query, key, value, bias).flatten(0, 1))  # (R * S, C)
+        return gather(torch.cat(read), self.place)[None]  # (1, N, C)
 
     def advance(self, n):
-        self.n = n if self.n is None else self.n + n
+        pass
+
+
+def gather(rows, index):
+    """rows[index]: (N, C), any shape -> (..., C). index_select(), since its backward pass is the faster one."""
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class Cache:
@@ -244,24 +233,22 @@ class Cache:
             self.k, self.v = F.pad(self.k, grow), F.pad(self.v, grow)
         self.used = -(-self.most // 32) * 32  # a multiple of 32: few shapes
         self.slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
+        self.bias = as_bias(torch.arange(self.used, device=self.n.device) <= self.slots[..., None])  # (B, 1, T, L)
         return self.slots
 
     def nbytes(self):
         return 2 * self.k.numel() * self.k.element_size()
 
-    def mask(self, T, device):
-        return (torch.arange(self.used, device=device) <= self.slots[..., None])[:, None]  # (B, 1, T, L)
+    def before(self, i, h, n):
+        T, wide = h.size(1), torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, C)
+        self.tail[i, : self.B] = last_inputs(wide, T if n is None else n)
+        return [wide[:, j : j + T] for j in range(WIDTH - 1)]
 
-    def with_tail(self, i, h, n):
-        wide = torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, C)
-        self.tail[i, : self.B] = last_inputs(wide, h.size(1) if n is None else n)
-        return wide
-
-    def extend(self, i, k, v):
-        B, rows = self.B, torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
+    def attend(self, i, q, k, v):
+        rows = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         for buffer, new in (self.k, k), (self.v, v):
-            buffer[i, :B].transpose(1, 2)[rows, self.slots] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
-        return self.k[i, :B, :, : self.used], self.v[i, :B, :, : self.used]  # each (B, nh, L, hs)
+            buffer[i, : self.B].transpose(1, 2)[rows, self.slots] = new.to(buffer.dtype)  # (B, T, nh, hs)
+        return attend(q.transpose(1, 2), self.k[i, : self.B, :, : self.used], self.v[i, : self.B, :, : self.used], self.bias)
 
     def advance(self, n):
         self.n[: self.B] += n

@@ -39,7 +39,7 @@ import model as model_py
 import ppo
 import train
 from mem1 import ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, TASK, Branch, Trajectory, Turn, demonstrate, evaluate, pack, parse, recorded, rollout
-from model import GPT, Cache, GPTConfig, Prefix
+from model import GPT, Cache, GPTConfig
 
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True, max_examples=25)
 settings.register_profile("thorough", settings.get_profile("mem1"), max_examples=250)
@@ -122,7 +122,7 @@ def replay(gpt, traj, policy):
         context = traj.task + (policy(traj.turns[:t]) if t else []) + [IS]
         for token in (turn.state + turn.action)[1:]:
             ids = torch.tensor([context])
-            x = gpt(ids, torch.arange(len(context))[None], Prefix(gpt.config), torch.tensor([len(context)]))[0, -1]
+            x = gpt(ids, torch.arange(len(context))[None], evaluation.Rows())[0, -1]
             logp.append(GPT_logp(gpt, x, token))
             value.append(gpt.value(x).item())
             context = context + [token]
@@ -259,14 +259,17 @@ def test_no_token_sees_what_comes_after_it_and_no_row_is_empty(policy, turns, se
         before = evaluate(gpt, p)[0]
     finally:
         model_py.attend = attend
-    assert all(torch.allclose(w.sum(-1), torch.ones(()).to(w)) and (w.diagonal(w.size(-1) - w.size(-2), -2, -1) > 0).all() for w in weights)
+    for i, w in enumerate(weights):  # (R, nh, S, L), layer by layer, in each rectangle by rectangle
+        queries, keys, see = p.groups[i % len(p.groups)]
+        itself = see & (keys[:, None] == queries[..., None])  # (R, S, L)
+        assert torch.allclose(w.sum(-1), torch.ones(()).to(w)) and (w[itself[:, None].expand_as(w)] > 0).all()
+        assert (itself.sum(-1) == see.any(-1)).all()
     branch = random.choice(range(len(traj.branches)))
     at = random.choice(range(len(traj.branches[branch].ids)))
     traj.branches[branch].ids[at:] = [(token + 1) % 256 for token in traj.branches[branch].ids[at:]]
     after = evaluate(gpt, pack([traj], 10**6)[0])[0]
-    row, column = p.at // p.ids.size(1), p.at % p.ids.size(1)
-    mine = next(r for r in range(len(p.ids)) if p.ids[r].tolist() != pack([traj], 10**6)[0].ids[r].tolist())
-    early = (row != mine) | (column + 1 < at)  # predicted from before the change, and itself not changed
+    changed = (p.ids != pack([traj], 10**6)[0].ids)[0].nonzero()
+    early = (p.at + 1 < changed.min()) | (p.at > changed.max())  # predicted from before the change, and itself not changed
     assert (before[early] == after[early]).all()
     if (~early).any():
         assert (before[~early] != after[~early]).any()  # control
@@ -276,6 +279,7 @@ def test_only_rows_that_predict_a_trained_token_get_a_gradient_and_padding_is_ne
     gpt = talkative()
     trajs = play(gpt, mem1.mem1, [6, 2, 4])
     (p,) = pack(trajs, 10**6)
+    assert p.ids.numel() == sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs)  # nothing twice, nothing padded
     rows = []
 
     def keep(module, args, output):
@@ -286,18 +290,15 @@ def test_only_rows_that_predict_a_trained_token_get_a_gradient_and_padding_is_ne
     before = evaluate(gpt, p)[0]
     hook.remove()
     before.sum().backward()
-    grad = rows[1].grad.flatten(0, 1).norm(dim=-1)
-    assert rows[0].grad is None and (grad[p.at] > 0).all()
+    grad = rows[0].grad[0].norm(dim=-1)
+    assert len(rows) == 1 and (grad[p.at] > 0).all()
     grad[p.at] = 0.0
     assert (grad == 0.0).all()
-    real = torch.zeros_like(p.ids, dtype=torch.bool)
-    for r, row in enumerate(p.ids.tolist()):
-        n = next(len(b.ids) for t in trajs for b in t.branches if row[: len(b.ids)] == b.ids and not any(row[len(b.ids) :]))
-        real[r, :n] = True
-    assert (~real).any()
-    p.ids[~real] = 7  # other padding
-    p.trunk[torch.arange(p.trunk.size(1)) >= p.trunk_n[:, None]] = 7
-    assert (evaluate(gpt, p)[0] == before).all()
+    padded = 0
+    for queries, keys, see in p.groups:  # other padding
+        queries[~see.any(2)], keys[~see.any(1)] = 7, 7
+        padded += (~see.any(2)).sum() * (~see.any(1)).sum()
+    assert padded and (evaluate(gpt, p)[0] == before).all()
 
 
 @given(st.permutations(range(4)))
@@ -315,7 +316,9 @@ def test_packing_leaves_its_input_as_it_was():
     before, packs = describe(), [pack(trajs, 100) for _ in range(2)]
     mem1.stitched(trajs[0])
     assert describe() == before
-    assert all((getattr(a, k) == getattr(b, k)).all() for a, b in zip(*packs) for k in vars(a) if k != "see")
+    for a, b in zip(*packs):
+        assert all((getattr(a, k) == getattr(b, k)).all() for k in vars(a) if k != "groups")
+        assert all((x == y).all() for group, other in zip(a.groups, b.groups) for x, y in zip(group, other))
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -335,7 +338,7 @@ def test_what_the_agent_wrote_is_trained_exactly_once_and_what_it_was_given_neve
     assert index.sort().values.tolist() == list(range(len(wrote)))
     assert torch.cat([p.target for p in packs])[index.argsort()].tolist() == wrote
     for p in packs:  # the row at `at` comes right before the token that it predicts
-        assert (p.ids.flatten()[p.at + 1] == p.target).all() and (p.at % p.ids.size(1) < p.ids.size(1) - 1).all()
+        assert (p.ids[0, p.at + 1] == p.target).all() and (p.before[2, p.at + 1] == p.at + 1).all()
 
 
 def embedding_gradients(gpt, trajs, of):
@@ -351,21 +354,19 @@ def embedding_gradients(gpt, trajs, of):
     logp = evaluate(gpt, p)[0]
     hook.remove()
     logp[torch.isin(p.index, torch.tensor(of))].sum().backward()
-    return p, seen[0].grad.norm(dim=-1), seen[1].grad.norm(dim=-1)  # of the trunk (B, P), of the branches (R, S)
+    return seen[0].grad[0].norm(dim=-1)  # (N,)
 
 
 def test_a_pruned_token_has_exactly_no_influence_and_a_kept_one_has_some():
     gpt = talkative(n_layer=3)
     trajs = play(gpt, mem1.mem1, [6], seed=3)
     first_of_turn = np.cumsum([0] + [len(t.state + t.action) - 1 for t in trajs[0].turns])
-    p, trunk, branches = embedding_gradients(gpt, trajs, list(range(first_of_turn[4], first_of_turn[5])))  # turn 5's tokens
-    in_branch = [b.ids for b in trajs[0].branches]
-    turn = trajs[0].turns
-    mine = next(r for r in range(len(p.ids)) if p.ids[r].tolist()[: len(in_branch[3])] == in_branch[3])  # turn 5's branch
-    kept = len(turn[3].state + turn[3].action + turn[3].info)
-    assert (branches[mine, :kept] > 0).all() and (trunk[0, : len(trajs[0].task)] > 0).all()
-    branches[mine] = 0.0
-    assert (branches == 0.0).all()  # turns 1 to 3, and turn 4 where it was written
+    grad = embedding_gradients(gpt, trajs, list(range(first_of_turn[4], first_of_turn[5])))  # of turn 5's tokens
+    trunk, *branches = grad.split([len(trajs[0].task), *(len(b.ids) for b in trajs[0].branches)])
+    turn = trajs[0].turns[3]
+    kept = len(turn.state + turn.action + turn.info)
+    assert (branches.pop(3)[:kept] > 0).all() and (trunk > 0).all()  # turn 4, where turn 5 reads it again
+    assert (torch.cat(branches) == 0.0).all()  # turns 1 to 3, and turn 4 where it was written
 
 
 def test_other_pruned_text_changes_nothing_bitwise_and_other_kept_text_does():
@@ -1584,23 +1585,35 @@ def own_row(p):
 
 
 def info_row(p):
-    p.at -= (p.ids.flatten()[p.at] == IS).long()
+    p.at -= (p.ids[0, p.at] == IS).long()
     return p
 
 
+def torn(p):
+    """True for the tokens whose parent does not stand right before them: the first of a task, and of a branch but its trajectory's first."""
+    return p.before[2] != torch.arange(p.ids.numel())
+
+
 def shifted(p):
-    p.pos += 5
+    start = (torn(p) & (p.ids[0] == IS)).int().cummax(0).values.bool()  # from the second branch on
+    p.pos[0, start] += 5
+    return p
+
+
+def cut(p):
+    for j, places in enumerate(p.before):
+        places[places != torch.arange(len(places)) - 2 + j] = 0
+    return p
+
+
+def padding_seen(p):
+    p.groups = [(queries, keys, see | ~see.any(1, keepdim=True)) for queries, keys, see in p.groups]
     return p
 
 
 def mark(traj, result, which, value):
     traj.branches[-1].trained[which] = [value] * len(traj.branches[-1].trained[which])
     return result
-
-
-def zero_tail(prefix, i):
-    if prefix.tail[i] is not None:
-        prefix.tail[i] = torch.zeros_like(prefix.tail[i])
 
 
 def rotate_worlds(trajs):
@@ -1627,8 +1640,8 @@ MUTANTS = {  # name: (object, its function, the wrapper of that function, the pr
     "a token is predicted by its own row": (mem1, "_collate", lambda f: lambda *a: own_row(f(*a)), agree),
     "the first token of a turn is predicted by the row of an info": (mem1, "_collate", lambda f: lambda *a: info_row(f(*a)), agree),
     "positions go on where something was pruned": (mem1, "_collate", lambda f: lambda *a: shifted(f(*a)), agree),
-    "a branch's convolution does not see the end of the task": (Prefix, "with_tail", lambda f: lambda self, i, h, n: (zero_tail(self, i), f(self, i, h, n))[1], agree),
-    "padding of the task is seen": (Prefix, "mask", lambda f: lambda self, T, device: (setattr(self, "n", self.n if self.n is None else self.n + 9), f(self, T, device))[1], agree),
+    "a branch's convolution does not see the end of the task": (mem1, "_collate", lambda f: lambda *a: cut(f(*a)), agree),
+    "padding of a shorter context is seen": (mem1, "_collate", lambda f: lambda *a: padding_seen(f(*a)), agree),
     "after pruning, the sampler's convolution still sees": (Cache, "rollback", lambda f: lambda self, rows: setattr(self, "prompt_tail", self.tail.clone()) or f(self, rows), agree),
     "rows change places and their lengths do not": (Cache, "reorder", lambda f: lambda self, order: (n := self.n.clone(), f(self, order), setattr(self, "n", n))[1], agree),
     "sampled at temperature 0.9, recorded at 1": (mem1, "sample", lambda f: lambda logits, u=None: (ids := f(logits / 0.9, u)[0], logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]),
