@@ -755,7 +755,7 @@ def bench(say, peers, quick):
         for n in horizons:
             peak_memory(reset=True)
             trajs, seconds, cache = acted_out(model, cfg, n, 8, POLICIES[name])
-            beside.append((cache.nbytes() - slot * cache.k.size(1) * max(len(t.task) for t in trajs)) / 8 / 1e3)
+            beside.append((cache.bytes - slot * len(trajs) * max(len(t.task) for t in trajs)) / 8 / 1e3)
             shown = min(len(t.turns) for t in trajs)  # while all play
             turn.append((np.median(seconds[1 : 1 + shown // 3 + 1]), np.median(seconds[shown - shown // 3 - 1 : shown])))
             say(f"{kind:6s} {name:5s} {n:10d} {beside[-1]:28.0f} {peak_memory():21.0f} {turn[-1][0] * 1e3:17.1f} {turn[-1][1] * 1e3:6.1f}")

@@ -396,12 +396,10 @@ def rollout(model, environments, policy, rngs=None):
         # 3. The environments answer; episodes that are over leave the batch.
         for traj, turn in zip(live, wrote):
             traj.close_turn(*turn)
-        going = [b for b, r in enumerate(row) if not live[r].env.done]
-        cache.reorder(torch.tensor(going, device=device, dtype=torch.long))
-        cache.B, rngs = len(going), rngs and [rngs[row[b]] for b in going]
-        live = [live[row[b]] for b in going]
+        order = cache.keep([not live[r].env.done for r in row])[: sum(not traj.env.done for traj in live)]
+        live, rngs = [live[row[b]] for b in order], rngs and [rngs[row[b]] for b in order]
     for traj in trajs:
-        traj.seconds, traj.kv_bytes = (time.perf_counter() - started) / len(trajs), cache.nbytes() // len(trajs)
+        traj.seconds, traj.kv_bytes = (time.perf_counter() - started) / len(trajs), cache.bytes // len(trajs)
     return trajs
 
 
@@ -418,7 +416,7 @@ def write(model, cache, hidden, caps, uniform):
     """One turn of every row: sample until <end>, or until the row's cap. hidden (B, C) predicts the first token.
 
     Returns what each row wrote [(ids, logp, value), ...], and `row`: row[b] is whose tokens are in row b of
-    the cache now, since rows that have ended make room: when a quarter has, the others move up.
+    the cache now, since rows that have ended make room: when a quarter has, others take their places.
     """
     B, device, dtype = len(caps), hidden.device, hidden.dtype
     cap = torch.tensor(caps, device=device)  # (B,)
@@ -437,10 +435,9 @@ def write(model, cache, hidden, caps, uniform):
         if n_writing == 0:
             break
         if n_writing <= 0.75 * cache.B:
-            order = writing.logical_not().int().argsort(stable=True)  # those who still write first
-            cache.reorder(order)
-            row[: cache.B] = mine[order]
-            cache.B, writing = n_writing, writing[order[:n_writing]]
+            order = cache.keep(writing.tolist())
+            row[: len(order)] = mine[order]
+            writing = torch.ones(n_writing, device=device, dtype=torch.bool)
         token = ids[row[: cache.B], t][:, None]  # (cache.B, 1)
         hidden = model(token, cache.reserve(1), cache, writing.long())[:, 0]  # (cache.B, C)
     cache.B = B

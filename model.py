@@ -199,7 +199,8 @@ class Cache:
         self.k, self.v = torch.zeros(2, *shape, device=like.device, dtype=torch.bfloat16 if model.half else like.dtype)
         self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, C, device=like.device, dtype=like.dtype)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
-        self.B, self.used, self.most = B, 0, 0  # rows in use (the first B of them); slots in use (the first of each); no row holds more than this
+        self.B, self.rows, self.bytes = B, B, 0  # rows in use (the first B of them); rows that may come into use again; allocated at most
+        self.used, self.most = 0, 0  # slots in use (the first of each row); no row holds more than this
 
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
@@ -211,13 +212,22 @@ class Cache:
         self.n[:B] = torch.where(rows, self.prompt_n[:B], self.n[:B])  # (B,)
         self.tail[:, :B] = torch.where(rows[:, None, None], self.prompt_tail[:, :B], self.tail[:, :B])  # (nl, B, 3, C)
 
-    def reorder(self, order):
-        """Rows in a new order: order (B',) holds the old places; rows beyond B' keep theirs."""
-        n = len(order)
-        for buffer in (self.k, self.v, self.tail, self.prompt_tail):
-            buffer[:, :n] = buffer[:, order]
+    def keep(self, stays):
+        """Use only the rows where `stays` [bool, ...] is True: from the end they change places with those that leave.
+
+        Returns the new order [old place, ...] of all.
+        """
+        n, order = sum(stays), list(range(len(stays)))
+        free, moving = [b for b in order[:n] if not stays[b]], [b for b in order[n:] if stays[b]]
+        for a, b in zip(free, moving):
+            order[a], order[b] = b, a
+        here, there = torch.tensor([free + moving, moving + free], dtype=torch.long, device=self.n.device)
+        for buffer in (self.k[..., : self.used, :], self.v[..., : self.used, :], self.tail, self.prompt_tail):
+            buffer[:, here] = buffer[:, there]
         for buffer in (self.n, self.prompt_n):
-            buffer[:n] = buffer[order]
+            buffer[here] = buffer[there]
+        self.B = n
+        return order
 
     def reserve(self, T):
         """Make room for T more tokens in every row, and for some beyond. Their positions (B, T).
@@ -226,18 +236,16 @@ class Cache:
         while tokens come one by one it counts along.
         """
         if T > 1:
-            self.most = int(self.n[: self.B].max())
+            self.most, self.rows = int(self.n[: self.B].max()), self.B
         self.most, L = self.most + T, self.k.size(3)
-        if self.most > L:
-            grow = (0, 0, 0, -(-self.most // 32) * 32 - L)  # by no more: what MEM1 needs does not grow, so neither does this
-            self.k, self.v = F.pad(self.k, grow), F.pad(self.v, grow)
         self.used = -(-self.most // 32) * 32  # a multiple of 32: few shapes
+        if self.used > L:
+            grow = 0, 0, 0, max(self.used, L + L // 256 * 32) - L  # by little: what MEM1 needs does not grow, so neither does this
+            self.k, self.v = F.pad(self.k[:, : self.rows], grow), F.pad(self.v[:, : self.rows], grow)
+            self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
         self.slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
         self.bias = as_bias(torch.arange(self.used, device=self.n.device) <= self.slots[..., None])  # (B, 1, T, L)
         return self.slots
-
-    def nbytes(self):
-        return 2 * self.k.numel() * self.k.element_size()
 
     def before(self, i, h, n):
         T, wide = h.size(1), torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, C)

@@ -444,7 +444,7 @@ def test_no_tensor_of_the_sampler_is_made_on_another_device():
     cache.keep_prompt()
     hidden = gpt(one, cache.reserve(1), cache, torch.ones(3, dtype=torch.long, device="meta"))
     cache.rollback(torch.ones(3, dtype=torch.bool, device="meta"))
-    cache.reorder(torch.arange(2, device="meta"))
+    cache.keep([False, True, True])
     ids, logp = mem1.sample(gpt.logits(hidden[:, 0]), torch.rand(3, device="meta"))
     assert {x.device.type for x in (ids, logp, gpt.value(hidden), cache.n, cache.k, cache.v, cache.tail)} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError)):  # control
@@ -1643,7 +1643,7 @@ MUTANTS = {  # name: (object, its function, the wrapper of that function, the pr
     "a branch's convolution does not see the end of the task": (mem1, "_collate", lambda f: lambda *a: cut(f(*a)), agree),
     "padding of a shorter context is seen": (mem1, "_collate", lambda f: lambda *a: padding_seen(f(*a)), agree),
     "after pruning, the sampler's convolution still sees": (Cache, "rollback", lambda f: lambda self, rows: setattr(self, "prompt_tail", self.tail.clone()) or f(self, rows), agree),
-    "rows change places and their lengths do not": (Cache, "reorder", lambda f: lambda self, order: (n := self.n.clone(), f(self, order), setattr(self, "n", n))[1], agree),
+    "rows change places and their lengths do not": (Cache, "keep", lambda f: lambda self, stays: (n := self.n.clone(), f(self, stays), setattr(self, "n", n))[1], agree),
     "sampled at temperature 0.9, recorded at 1": (mem1, "sample", lambda f: lambda logits, u=None: (ids := f(logits / 0.9, u)[0], logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]),
         lambda: test_what_is_recorded_is_the_probability_with_which_the_token_was_drawn()),
     "what is given is trained as well": (Branch, "extend", lambda f: lambda self, ids, trained, *a, **k: f(self, ids, True, *a, **k), once),

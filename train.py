@@ -121,7 +121,7 @@ class Config:
     # both
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    pack_tokens: int = 1024  # tokens a forward pass: the fewer, the less padding; on a GPU more
+    pack_tokens: int = 1024  # tokens a forward pass: what stays in a CPU core's cache; on a GPU more
     # evaluation
     eval_every: int = 28  # ppo steps between looks at 2 and 16 objectives; also between checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
