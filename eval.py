@@ -7,7 +7,7 @@
     python eval.py runs/cpu --memory       # what the state holds at 16, turn by turn
     python eval.py runs/cpu --layouts      # what the learner sees in three layouts against what acted
     python eval.py --layouts               # the same with random weights, on demonstrations
-    python eval.py --compare runs/*-[123]  # PPO of several runs side by side, those of a layout together
+    python eval.py --compare runs/*-[123]  # PPO of several runs side by side, those of like settings together
     python eval.py --table runs/sweep/*-?  # every table of the README, from several seeds (train.py --sweep)
 
 Greedy decoding. Episodes come from seeds that no training and no validation episode uses (`TEST`).
@@ -307,25 +307,32 @@ def exchange_pruned(traj):
 
 
 def compare(paths, say):
-    """PPO of finished runs with the mem1 agent, grouped by layout: mean (lowest to highest). {layout: {name: [a run, ...]}}."""
-    groups = {}
-    for path in map(Path, paths):
-        world, _ = load_run(path)
+    """PPO of finished runs with the mem1 agent: mean (lowest to highest). Together are those that differ in their seed alone.
+
+    Returns {what sets them apart: {name: [a run, ...]}}: the reward over each quarter of the iterations, the iterations until
+    its mean over ten of them is at least 0.8, what became of the policy, and the final table.
+    """
+    groups, worlds = {}, [load_run(path)[0] for path in paths]
+    apart = [name for name in ("reward", "layout", "env", "kinds", "facts", "ppo_steps", "n_embd") if len({str(getattr(world, name)) for world in worlds}) > 1]
+    for path, world in zip(map(Path, paths), worlds):
         if not (path / "results.json").is_file():
             sys.exit(f"eval.py: {path} is not finished; go on with it: python train.py --out {path} --resume")
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if (row["stage"], row["agent"]) == ("ppo", "mem1")]
         if not rows:
             sys.exit(f"eval.py: {path} has no PPO of the mem1 agent to compare; leave it away")
-        group = groups.setdefault(world.layout, {})
+        group = groups.setdefault(", ".join(" ".join(np.ravel(getattr(world, name)).astype(str)) or "-" for name in apart) or "all", {})
         for i in range(4):  # the reward over each quarter of the iterations
             quarter = rows[len(rows) * i // 4 : len(rows) * (i + 1) // 4]
             group.setdefault(f"reward {i + 1}/4", []).append(float(np.mean([row["reward"] for row in quarter])))
+        ten = [np.mean([row["reward"] for row in rows[i : i + 10]]) for i in range(max(1, len(rows) - 9))]
+        group.setdefault("to 0.8", []).append(next((i + 10.0 for i, mean in enumerate(ten) if mean >= 0.8), math.inf))
         for name, pick in ("kl", np.mean), ("clip", np.mean), ("gap", np.max):
             group.setdefault(name, []).append(float(pick([row[name] for row in rows])))
         for n, cell in json.loads((path / "results.json").read_text())["mem1"].items():
-            group.setdefault(f"em@{n}", []).append(cell["em"])
-    say(" " * 10 + "".join(f" | {layout + ', ' + str(len(group['kl'])) + ' runs':26s}" for layout, group in groups.items()))
+            for name in "em", "peak":
+                group.setdefault(f"{name}@{n}", []).append(cell[name])
+    say(" " * 10 + "".join(f" | {name + ', ' + str(len(group['kl'])) + ' runs':26s}" for name, group in groups.items()))
     for name in next(iter(groups.values())):
         columns = [group.get(name, [float("nan")]) for group in groups.values()]
         say(f"{name:10s}" + "".join(f" | {np.mean(x):7.2g} ({min(x):7.2g} to {max(x):7.2g})" for x in columns))
@@ -953,7 +960,7 @@ def main():
     parser.add_argument("--failures", action="store_true", help="why objectives were lost, by cause, instead of the table")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
     parser.add_argument("--layouts", action="store_true", help="compare what layouts would train with what acted, instead of the table")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of a layout together")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="PPO of several runs, those of like settings together")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs, as markdown")
     parser.add_argument("--assets", metavar="DIR", help="with --table: write results.json and figures there, and the tables into the README beside it")
     parser.add_argument("--bench", action="store_true", help="how fast all is, on one core")
