@@ -604,15 +604,12 @@ def flops(model, trajs):
 class Rows:
     """The past of rows (B, T) that share nothing: as most train."""
 
-    def before(self, i, h, n):
+    def before(self, i, h):
         return [torch.nn.functional.pad(h, (0, 0, j, -j)) for j in (3, 2, 1)]
 
     def attend(self, i, q, k, v):
         see = torch.ones(1, q.size(1), q.size(1), dtype=torch.bool, device=q.device).tril()  # (1, T, T)
         return attend(*(x.transpose(1, 2) for x in (q, k, v)), as_bias(see))
-
-    def advance(self, n):
-        pass
 
 
 def a_row_a_turn(model, trajs, budget):

@@ -408,7 +408,7 @@ def feed(model, cache, rows):
     device, T = model.emb.weight.device, max(map(len, rows))
     n = torch.tensor([len(row) for row in rows], device=device)  # (B,)
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
-    x = model(ids, cache.reserve(T), cache, n)  # (B, T, C)
+    x = model(ids, cache.reserve(T, n), cache)  # (B, T, C)
     return x[torch.arange(len(rows), device=device), n - 1]  # (B, C)
 
 
@@ -439,7 +439,7 @@ def write(model, cache, hidden, caps, uniform):
             row[: len(order)] = mine[order]
             writing = torch.ones(n_writing, device=device, dtype=torch.bool)
         token = ids[row[: cache.B], t][:, None]  # (cache.B, 1)
-        hidden = model(token, cache.reserve(1), cache, writing.long())[:, 0]  # (cache.B, C)
+        hidden = model(token, cache.reserve(1, writing.long()), cache)[:, 0]  # (cache.B, C)
     cache.B = B
     columns = zip(ids.tolist(), logp.tolist(), value.tolist(), length.tolist())
     return [(i[:n], l[:n], v[:n]) for i, l, v, n in columns], row.tolist()

@@ -55,19 +55,14 @@ class GPT(nn.Module):
         nn.init.zeros_(self.value_head.weight)  # V = 0 at first: advantages start as plain returns
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids, pos, past, n=None):
-        """Hidden states (B, T, C) of new tokens `ids` (B, T) at positions `pos` (B, T) after `past`.
-
-        n (B,): how many of the T tokens are real, the rest is padding on the right; None: all are.
-        Padding can not be seen by any real token, since it stands after them all.
-        """
+    def forward(self, ids, pos, past):
+        """Hidden states (B, T, C) of new tokens `ids` (B, T) at positions `pos` (B, T) after `past`."""
         with torch.autocast(ids.device.type, torch.bfloat16) if self.half else contextlib.nullcontext():
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             angle = pos[..., None] * self._frequencies(x)  # (B, T, rope/2)
-            rotation = angle.cos()[:, :, None], angle.sin()[:, :, None]  # each (B, T, 1, rope/2)
+            rotation = angle.cos()[:, :, None, None], angle.sin()[:, :, None, None]  # each (B, T, 1, 1, rope/2)
             for i, block in enumerate(self.blocks):
-                x = block(x, rotation, past, i, n)  # (B, T, C)
-            past.advance(ids.size(1) if n is None else n)
+                x = block(x, rotation, past, i)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -106,13 +101,14 @@ class Block(nn.Module):
         self.taps.data[-2] += 0.5
         self.proj.weight.data.copy_(0.3 * v.T)
 
-    def forward(self, x, rotation, past, i, n):
+    def forward(self, x, rotation, past, i):
         h = self.ln_1(x)
-        q, k, v = self.heads(h, past.before(i, h, n), rotation)  # each (B, T, nh, hs)
+        q, k, v = self.heads(h, past.before(i, h), rotation)  # each (B, T, nh, hs)
         return self.output(x, past.attend(i, q, k, v))  # (B, T, C)
 
     def heads(self, h, before, rotation):
-        h = h + sum(x * tap for x, tap in zip((*before, h), self.taps))  # (B, T, C)
+        for x, tap in zip((*before, h), self.taps):
+            h = torch.addcmul(h, x, tap)  # (B, T, C)
         qk, v = self.qkv(h).unflatten(-1, (3, self.n_head, -1)).split([2, 1], 2)  # (B, T, 2, nh, hs), (B, T, 1, nh, hs)
         return *rotate(qk, rotation).unbind(2), v.squeeze(2)
 
@@ -138,17 +134,16 @@ def as_bias(see):
 
 def rotate(x, rotation):
     """Rotary position embedding of the first channels of x (B, T, 2, nh, hs); the rest sees no position."""
-    cos, sin = rotation  # each (B, T, 1, r)
-    cos, sin, r = cos[:, :, None], sin[:, :, None], cos.size(-1)
+    cos, sin = rotation  # each (B, T, 1, 1, r)
+    r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (B, T, 2, nh, hs)
 
 
 # ----------------------------------------------------------------------------------------------
-# What the new tokens may look back on. Both kinds answer the same three calls of forward():
-#   before(i, h, n)     what the convolution of layer i reads: of each token, h of the three before it, each (B, T, C)
-#   attend(i, q, k, v)  what the heads of layer i read
-#   advance(n)          n tokens have been added to each row
+# What the new tokens may look back on. Both kinds answer the same two calls of forward():
+#   before(i, h)        what the convolution of layer i reads: of each token, h of the three before it, each (B, T, C)
+#   attend(i, q, k, v)  what the heads of layer i read (B, T, C)
 
 
 class Tree:
@@ -162,7 +157,7 @@ class Tree:
         self.places, self.place = pack.before, pack.place
         self.groups = [(queries, keys, as_bias(see)) for queries, keys, see in pack.groups]
 
-    def before(self, i, h, n):
+    def before(self, i, h):
         rows = F.pad(h[0], (0, 0, 1, 0))  # (1 + N, C), the first stands for nothing
         return [gather(rows, places)[None] for places in self.places]
 
@@ -174,9 +169,6 @@ class Tree:
             query = gather(q, queries).unflatten(-1, (k.size(2), -1)).transpose(1, 2)  # (R, nh, S, hs)
             read.append(attend(query, key, value, bias).flatten(0, 1))  # (R * S, C)
         return gather(torch.cat(read), self.place)[None]  # (1, N, C)
-
-    def advance(self, n):
-        pass
 
 
 def gather(rows, index):
@@ -229,8 +221,9 @@ class Cache:
         self.B = n
         return order
 
-    def reserve(self, T):
-        """Make room for T more tokens in every row, and for some beyond. Their positions (B, T).
+    def reserve(self, T, n):
+        """Make room for T tokens more in every row, of which the first n (B,) are real, the rest is padding: no real token
+        sees it, since it stands behind them. Their positions (B, T).
 
         Once a turn, when several come at once, it waits for the device to learn how long the longest row is;
         while tokens come one by one it counts along.
@@ -238,36 +231,27 @@ class Cache:
         if T > 1:
             self.most, self.rows = int(self.n[: self.B].max()), self.B
         self.most, L = self.most + T, self.k.size(3)
-        self.used = -(-self.most // 32) * 32  # a multiple of 32: few shapes
+        self.used = -(-self.most // 16) * 16  # a multiple of 16: few shapes
         if self.used > L:
-            grow = 0, 0, 0, max(self.used, L + L // 256 * 32) - L  # by little: what MEM1 needs does not grow, so neither does this
+            grow = 0, 0, 0, max(self.used, L + L // 128 * 16) - L  # by little: what MEM1 needs does not grow, so neither does this
             self.k, self.v = F.pad(self.k[:, : self.rows], grow), F.pad(self.v[:, : self.rows], grow)
             self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
-        self.slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
-        self.bias = as_bias(torch.arange(self.used, device=self.n.device) <= self.slots[..., None])  # (B, 1, T, L)
-        return self.slots
+        slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
+        self.bias = as_bias(torch.arange(self.used, device=self.n.device) <= slots[..., None])  # (B, 1, T, L)
+        self.at = torch.arange(self.B, device=self.n.device)[:, None], slots  # where the new ones go
+        self.last = n[:, None] + torch.arange(WIDTH - 1, device=self.n.device)  # (B, 3): of the three before and the T new, the last real ones
+        self.n[: self.B] += n
+        return slots
 
-    def before(self, i, h, n):
+    def before(self, i, h):
         T, wide = h.size(1), torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, C)
-        self.tail[i, : self.B] = last_inputs(wide, T if n is None else n)
+        self.tail[i, : self.B] = wide.gather(1, self.last[..., None].expand(-1, -1, wide.size(2)))  # (B, 3, C)
         return [wide[:, j : j + T] for j in range(WIDTH - 1)]
 
     def attend(self, i, q, k, v):
-        rows = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         for buffer, new in (self.k, k), (self.v, v):
-            buffer[i, : self.B].transpose(1, 2)[rows, self.slots] = new.to(buffer.dtype)  # (B, T, nh, hs)
+            buffer[i, : self.B].transpose(1, 2)[self.at] = new.to(buffer.dtype)  # (B, T, nh, hs)
         return attend(q.transpose(1, 2), self.k[i, : self.B, :, : self.used], self.v[i, : self.B, :, : self.used], self.bias)
-
-    def advance(self, n):
-        self.n[: self.B] += n
-
-
-def last_inputs(wide, n):
-    """The three inputs before the next token: wide (B, 3+T, C) holds n (B,) or n real ones after the old three."""
-    if isinstance(n, int):
-        return wide[:, n : n + WIDTH - 1]
-    at = n[:, None] + torch.arange(WIDTH - 1, device=wide.device)  # (B, 3)
-    return wide.gather(1, at[..., None].expand(-1, -1, wide.size(2)))  # (B, 3, C)
 
 
 # ----------------------------------------------------------------------------------------------

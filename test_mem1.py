@@ -440,9 +440,10 @@ def test_no_tensor_of_the_sampler_is_made_on_another_device():
     with torch.device("meta"):
         gpt = GPT(GPTConfig(ENC.n_vocab))
     cache, one = Cache(gpt, 3), torch.zeros(3, 1, dtype=torch.long, device="meta")
-    gpt(one, cache.reserve(1), cache)
+    ones = torch.ones(3, dtype=torch.long, device="meta")
+    gpt(one, cache.reserve(1, ones), cache)
     cache.keep_prompt()
-    hidden = gpt(one, cache.reserve(1), cache, torch.ones(3, dtype=torch.long, device="meta"))
+    hidden = gpt(one, cache.reserve(1, ones), cache)
     cache.rollback(torch.ones(3, dtype=torch.bool, device="meta"))
     cache.keep([False, True, True])
     ids, logp = mem1.sample(gpt.logits(hidden[:, 0]), torch.rand(3, device="meta"))
