@@ -466,7 +466,17 @@ def sample(logits, uniform=None):
 
 @dataclass
 class Pack:
-    """Some branches and the trunks they grow from as one list of N tokens, no padding. What is trained is listed flat (M,)."""
+    """Some branches and the trunks they grow from as one list of N tokens, of which each knows its own context. No padding, and
+    nothing twice. What is trained is listed flat (M,).
+
+    >>> (p,) = pack([sketch(mem1, turns=3)])  # T SQISQ SQISQ: the task and two branches, as in mask()
+    >>> p.pos[0].tolist()
+    [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5]
+    >>> (p.before[2] - 1).tolist()  # the parents
+    [-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9]
+    >>> p.at.tolist()  # which tokens predict one that is trained: here the `S` before each `Q` that the agent wrote
+    [1, 4, 9]
+    """
     ids: torch.Tensor  # (1, N)
     pos: torch.Tensor  # (1, N)
     before: torch.Tensor  # (3, N) where the three tokens before it are, + 1; 0: there is none
@@ -489,13 +499,14 @@ def pack(trajs, budget=8192, which=None):
     exactly one Pack. With nothing to train comes one Pack of no trained tokens, so that a process
     without work still takes part in the backward pass of the others.
     """
-    chunks, size, first = [[]], 0, 0  # first: place of a branch's first trained token
+    chunks, size, first, held = [[]], 0, 0, None  # first: place of a branch's first trained token; held: whose task is in last
     for i, traj in enumerate(trajs):
         for branch in traj.branches:
             if which is None or i in which:
                 if size >= budget:
-                    chunks, size = [*chunks, []], 0
-                size += len(branch.ids) + (0 if any(i == other for other, _, _ in chunks[-1][-1:]) else len(traj.task))
+                    chunks, size, held = [*chunks, []], 0, None
+                size += len(branch.ids) + (len(traj.task) if i != held else 0)
+                held = i
                 chunks[-1].append((i, branch, first))
             first += sum(branch.trained)
     return [_collate(trajs, chunk or [(0, Branch([IS], [False]), 0)]) for chunk in chunks]
@@ -503,15 +514,16 @@ def pack(trajs, budget=8192, which=None):
 
 def _collate(trajs, chunk):
     """Branches `chunk` [(trajectory, branch, first)] and their trunks as one Pack."""
-    ids, pos, before, rows, trunks = [], [], [], [], {}
+    ids, pos, before, contexts, trunks = [], [], [], [], {}
     at, target, index = [], [], []
 
     def add(new, positions, trunk, see=None):
         """Put tokens behind those at `trunk`. Their places."""
         mine = np.arange(len(ids), len(ids) + len(new))
         keys = np.concatenate([trunk, mine])
-        before.append([np.concatenate([[-1] * 3, keys])[j:][len(trunk) : len(keys)] + 1 for j in range(3)])
-        rows.append((mine, keys, np.tri(len(keys), dtype=bool)[len(trunk) :] if see is None else see))
+        contexts.append((mine, keys, np.tri(len(keys), dtype=bool)[len(trunk) :] if see is None else see))
+        keys = np.concatenate([[-1, -1, -1], keys])
+        before.append([keys[j : j + len(new)] + 1 for j in range(len(trunk), len(trunk) + 3)])
         ids.extend(new)
         pos.extend(positions)
         return mine
@@ -526,23 +538,30 @@ def _collate(trajs, chunk):
         at.append(mine[trained - 1])
         target.append(np.array(branch.ids)[trained])
         index.append(first + np.arange(len(trained)))
-    # Rectangles: the longest row sets the height, and those of at least three quarters of it fill it up.
-    rows.sort(key=lambda row: (-len(row[0]), -len(row[1])))
-    groups, place, filled = [], np.zeros(len(ids), int), 0
-    while rows:
-        S = len(rows[0][0])
-        R = sum(len(mine) >= 0.75 * S for mine, _, _ in rows)
-        L = max(len(keys) for _, keys, _ in rows[:R])
-        queries, keys, see = np.zeros((R, S), int), np.zeros((R, L), int), np.zeros((R, S, L), bool)
-        for r, (mine, context, sees) in enumerate(rows[:R]):
-            queries[r, : len(mine)], keys[r, : len(context)], see[r, : len(mine), : len(context)] = mine, context, sees
-            place[mine] = filled + r * S + np.arange(len(mine))
-        groups.append(tuple(map(torch.as_tensor, (queries, keys, see))))
-        filled += R * S
-        rows = rows[R:]
+    groups, place = _rectangles(contexts, len(ids))
     arrays = dict(ids=[ids], pos=[pos], before=np.concatenate(before, 1), place=place, at=np.concatenate(at),
                   target=np.concatenate(target), index=np.concatenate(index))
     return Pack(groups=groups, **{name: torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
+
+
+def _rectangles(contexts, n):
+    """Contexts [(places of those who look, places that they may look at, who sees what), ...] of n tokens as groups and place of a Pack.
+
+    The one with most to look sets the height of a rectangle, and those of at least three quarters of it fill it up.
+    """
+    contexts.sort(key=lambda context: (-len(context[0]), -len(context[1])))
+    groups, place, filled = [], np.zeros(n, int), 0
+    while contexts:
+        S = len(contexts[0][0])
+        R = sum(len(mine) >= 0.75 * S for mine, _, _ in contexts)
+        L = max(len(keys) for _, keys, _ in contexts[:R])
+        queries, keys, see = np.zeros((R, S), int), np.zeros((R, L), int), np.zeros((R, S, L), bool)
+        for r, (q, k, sees) in enumerate(contexts[:R]):
+            queries[r, : len(q)], keys[r, : len(k)], see[r, : len(q), : len(k)] = q, k, sees
+            place[q] = filled + r * S + np.arange(len(q))
+        groups.append(tuple(map(torch.as_tensor, (queries, keys, see))))
+        contexts, filled = contexts[R:], filled + R * S
+    return groups, place
 
 
 def recorded(trajs, name):
