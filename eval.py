@@ -358,14 +358,16 @@ def collect(paths, say):
     for path, world, models, size in loaded:
         results, seed = json.loads((path / "results.json").read_text()), str(world.seed)
         larger = f"-{size / smallest:.0f}x" if size > 1.5 * smallest else ""
-        one["meta"][path.name] = {**results.pop("meta"), "config": dict(vars(world))}
+        rows, meta = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()], results.pop("meta")
+        meta["minutes"] += undisturbed(rows) - rows[-1]["minutes"]
+        one["meta"][path.name] = {**meta, "config": dict(vars(world))}
         mine = one["seeds"].setdefault(seed, {})
         for method, cells in results.items():
             if method + larger in mine:
                 sys.exit(f"eval.py: {path}: there is another run of seed {seed} with {method}{larger} among these; give one of them")
             mine[method + larger] = cells
         rewards = one["curves"].setdefault(seed, {})
-        for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()):
+        for row in rows:
             if row["stage"] == "ppo":
                 rewards.setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
         if "mem1" in results:
@@ -378,6 +380,14 @@ def collect(paths, say):
             one["memory"][seed] = memory(models, world, trained, 16, episodes, quiet)
             one["failures"][seed] = failures(models, world, {"mem1": trained["mem1"]}, 16, 4 * episodes, quiet)["mem1"]
     return one
+
+
+def undisturbed(rows):
+    """Minutes that training took, had every step taken as long as the median one of its stage: what ran beside it for a while is left out."""
+    steps = {}
+    for before, row in zip([{"minutes": 0.0}, *rows], rows):
+        steps.setdefault((row["stage"], row["agent"]), []).append(row["minutes"] - before["minutes"])
+    return sum(len(times) * float(np.median(times)) for times in steps.values())
 
 
 def report(one):
