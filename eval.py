@@ -518,13 +518,11 @@ GIVEN, WRITTEN, TURNS, SIDE_BY_SIDE = 24, 24, 6, 64  # tokens read and written i
 
 
 class Metronome:
-    """Six turns of 24 tokens written and 24 read after a task of 64 tokens, whatever is written: no luck in what is timed."""
-    n_objectives, width, em, cause, prompt = 0, 1, 0, None, " jelo" * 63
+    """So many turns of as many tokens written, and 24 read, after a task of so many tokens, whatever is written: no luck in what is timed."""
 
-    def __init__(self, turns=TURNS):
-        self.left, self.done, self.gains = turns, False, [0.0] * turns
-        if turns == 1:
-            self.n_objectives, self.width = 8, 2  # 64 tokens
+    def __init__(self, turns=TURNS, written=WRITTEN, task=64):
+        self.left, self.done, self.gains, self.cause, self.em, self.prompt = turns, False, [0.0] * turns, None, 0, " jelo" * (task - 1)
+        self.n_objectives, self.width = 0, written // 8 - 2  # see turn_cap()
 
     def step(self, kind, text):
         self.left -= 1
@@ -717,8 +715,11 @@ def bench(say, peers, quick):
     say(f"rollout: {found['rollout_tok_s']:.0f} tokens a second, {least / took:.0%} of what products and memory traffic alone would allow")
 
     # Learning.
-    for n in 2, 16:
-        trajs, _, _ = acted_out(model, cfg, n, (episodes * 2 + n) // n, policy)
+    acted = {n: acted_out(model, cfg, n, (episodes * 2 + n) // n, policy)[0] for n in (2, 16)}
+    for turns, written, task in (6, 24, 64), (16, 48, 160):  # as long as a question in plain words makes it
+        worlds = [Metronome(turns, written, task) for _ in range((episodes * 4 + turns) // turns)]
+        acted[f"{task}x{turns}"] = rollout(endless, worlds, policy, [np.random.default_rng(i) for i in range(len(worlds))])
+    for n, trajs in acted.items():
         assert abs(a_tree(model, trajs, cfg.pack_tokens) / a_row_a_turn(model, trajs, cfg.pack_tokens) - 1) < 1e-4, "both must be the same loss"
         seconds = paired(lambda: a_tree(model, trajs, cfg.pack_tokens), lambda: a_row_a_turn(model, trajs, cfg.pack_tokens), pairs)
         tokens, of_peak = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs), flops(model, trajs) / seconds[:, 1].min() / gemm()
@@ -839,7 +840,7 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
 
     def our_update():
         began = time.perf_counter()
-        row = train.reinforce(ppo, train.Learner(endless), optimiser, reference, mem1, [Metronome(1) for _ in range(E)], 0, 0, 1)
+        row = train.reinforce(ppo, train.Learner(endless), optimiser, reference, mem1, [Metronome(1, N) for _ in range(E)], 0, 0, 1)
         assert row["tokens"] == E * N and row["gap"] < 1e-4
         return time.perf_counter() - began
 
