@@ -522,7 +522,8 @@ class Metronome:
 
     def __init__(self, turns=TURNS, written=WRITTEN, task=64):
         self.left, self.done, self.gains, self.cause, self.em, self.prompt = turns, False, [0.0] * turns, None, 0, " jelo" * (task - 1)
-        self.n_objectives, self.width = 0, written // 8 - 2  # see turn_cap()
+        self.n_objectives = 8 if written % 16 == 0 else 4
+        self.width = written // (8 + self.n_objectives) - 2  # see turn_cap()
 
     def step(self, kind, text):
         self.left -= 1
