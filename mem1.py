@@ -396,7 +396,7 @@ def rollout(model, environments, policy, rngs=None):
         # 3. The environments answer; episodes that are over leave the batch.
         for traj, turn in zip(live, wrote):
             traj.close_turn(*turn)
-        order = cache.keep([not live[r].env.done for r in row])[: sum(not traj.env.done for traj in live)]
+        order = cache.keep([not live[r].env.done for r in row])[: cache.B]
         live, rngs = [live[row[b]] for b in order], rngs and [rngs[row[b]] for b in order]
     for traj in trajs:
         traj.seconds, traj.kv_bytes = (time.perf_counter() - started) / len(trajs), cache.bytes // len(trajs)
@@ -416,7 +416,7 @@ def write(model, cache, hidden, caps, uniform):
     """One turn of every row: sample until <end>, or until the row's cap. hidden (B, C) predicts the first token.
 
     Returns what each row wrote [(ids, logp, value), ...], and `row`: row[b] is whose tokens are in row b of
-    the cache now, since rows that have ended make room: when a quarter has, others take their places.
+    the cache now, since rows that have ended make room: when a quarter has, the last rows take their places.
     """
     B, device, dtype = len(caps), hidden.device, hidden.dtype
     cap = torch.tensor(caps, device=device)  # (B,)
@@ -437,7 +437,7 @@ def write(model, cache, hidden, caps, uniform):
         if n_writing <= 0.75 * cache.B:
             order = cache.keep(writing.tolist())
             row[: len(order)] = mine[order]
-            writing = torch.ones(n_writing, device=device, dtype=torch.bool)
+            writing = torch.ones(n_writing, device=device, dtype=torch.bool)  # (cache.B,)
         token = ids[row[: cache.B], t][:, None]  # (cache.B, 1)
         hidden = model(token, cache.reserve(1, writing.long()), cache)[:, 0]  # (cache.B, C)
     cache.B = B
@@ -467,7 +467,7 @@ def sample(logits, uniform=None):
 @dataclass
 class Pack:
     """Some branches and the trunks they grow from as one list of N tokens, of which each knows its own context. No padding, and
-    nothing twice. What is trained is listed flat (M,).
+    no trunk twice. What is trained is listed flat (M,).
 
     >>> (p,) = pack([sketch(mem1, turns=3)])  # T SQISQ SQISQ: the task and two branches, as in mask()
     >>> p.pos[0].tolist()
@@ -480,7 +480,7 @@ class Pack:
     ids: torch.Tensor  # (1, N)
     pos: torch.Tensor  # (1, N)
     before: torch.Tensor  # (3, N) where the three tokens before it are, + 1; 0: there is none
-    groups: list  # rectangles for attention: (queries (R, S), keys (R, L), see (R, S, L) bool), places of tokens
+    rectangles: list  # contexts of like length, for attention: (queries (R, S), keys (R, L), see (R, S, L) bool), places of tokens
     place: torch.Tensor  # (N,) where what is read for a token is, in the rectangles laid end to end
     at: torch.Tensor  # (M,) the token whose row predicts a trained one: its parent
     target: torch.Tensor  # (M,) id of the trained token
@@ -538,19 +538,19 @@ def _collate(trajs, chunk):
         at.append(mine[trained - 1])
         target.append(np.array(branch.ids)[trained])
         index.append(first + np.arange(len(trained)))
-    groups, place = _rectangles(contexts, len(ids))
+    rectangles, place = _rectangles(contexts, len(ids))
     arrays = dict(ids=[ids], pos=[pos], before=np.concatenate(before, 1), place=place, at=np.concatenate(at),
                   target=np.concatenate(target), index=np.concatenate(index))
-    return Pack(groups=groups, **{name: torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
+    return Pack(rectangles=rectangles, **{name: torch.as_tensor(np.asarray(x)) for name, x in arrays.items()})
 
 
 def _rectangles(contexts, n):
-    """Contexts [(places of those who look, places that they may look at, who sees what), ...] of n tokens as groups and place of a Pack.
+    """Contexts [(places of those who look, places that they may look at, who sees what), ...] of n tokens as rectangles and place of a Pack.
 
-    The one with most to look sets the height of a rectangle, and those of at least three quarters of it fill it up.
+    The context in which most tokens look sets the height of a rectangle; those with at least three quarters as many share it.
     """
     contexts.sort(key=lambda context: (-len(context[0]), -len(context[1])))
-    groups, place, filled = [], np.zeros(n, int), 0
+    rectangles, place, filled = [], np.zeros(n, int), 0
     while contexts:
         S = len(contexts[0][0])
         R = sum(len(mine) >= 0.75 * S for mine, _, _ in contexts)
@@ -559,9 +559,9 @@ def _rectangles(contexts, n):
         for r, (q, k, sees) in enumerate(contexts[:R]):
             queries[r, : len(q)], keys[r, : len(k)], see[r, : len(q), : len(k)] = q, k, sees
             place[q] = filled + r * S + np.arange(len(q))
-        groups.append(tuple(map(torch.as_tensor, (queries, keys, see))))
+        rectangles.append(tuple(map(torch.as_tensor, (queries, keys, see))))
         contexts, filled = contexts[R:], filled + R * S
-    return groups, place
+    return rectangles, place
 
 
 def recorded(trajs, name):

@@ -108,7 +108,7 @@ class Block(nn.Module):
 
     def heads(self, h, before, rotation):
         for x, tap in zip((*before, h), self.taps):
-            h = torch.addcmul(h, x, tap)  # (B, T, C)
+            h = torch.addcmul(h, x, tap)  # (B, T, C): h + x tap, in one pass over memory
         qk, v = self.qkv(h).unflatten(-1, (3, self.n_head, -1)).split([2, 1], 2)  # (B, T, 2, nh, hs), (B, T, 1, nh, hs)
         return *rotate(qk, rotation).unbind(2), v.squeeze(2)
 
@@ -124,7 +124,7 @@ class Block(nn.Module):
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(hs) + bias) v. q (B, nh, T, hs), k and v (B, nh, L, hs), bias (B or 1, 1, T, L) -> (B, T, C)."""
     att = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + bias  # (B, nh, T, L)
-    return (att.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return (att.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (B, T, C)
 
 
 def as_bias(see):
@@ -154,21 +154,20 @@ class Tree:
     """
 
     def __init__(self, pack):
-        self.places, self.place = pack.before, pack.place
-        self.groups = [(queries, keys, as_bias(see)) for queries, keys, see in pack.groups]
+        self.pack, self.biases = pack, [as_bias(see) for _, _, see in pack.rectangles]  # each (R, 1, S, L)
 
     def before(self, i, h):
         rows = F.pad(h[0], (0, 0, 1, 0))  # (1 + N, C), the first stands for nothing
-        return [gather(rows, places)[None] for places in self.places]
+        return [gather(rows, places)[None] for places in self.pack.before]  # each (1, N, C)
 
     def attend(self, i, q, k, v):
         q, kv = q[0].flatten(1), torch.cat([k[0], v[0]], 1).flatten(1)  # (N, C), (N, 2C)
         read = []
-        for queries, keys, bias in self.groups:  # (R, S), (R, L), (R, 1, S, L)
+        for (queries, keys, _), bias in zip(self.pack.rectangles, self.biases):  # (R, S), (R, L)
             key, value = gather(kv, keys).unflatten(-1, (2, k.size(2), -1)).permute(2, 0, 3, 1, 4)  # each (R, nh, L, hs)
             query = gather(q, queries).unflatten(-1, (k.size(2), -1)).transpose(1, 2)  # (R, nh, S, hs)
             read.append(attend(query, key, value, bias).flatten(0, 1))  # (R * S, C)
-        return gather(torch.cat(read), self.place)[None]  # (1, N, C)
+        return gather(torch.cat(read), self.pack.place)[None]  # (1, N, C)
 
 
 def gather(rows, index):
@@ -233,12 +232,12 @@ class Cache:
         self.most, L = self.most + T, self.k.size(3)
         self.used = -(-self.most // 16) * 16  # a multiple of 16: few shapes
         if self.used > L:
-            grow = 0, 0, 0, max(self.used, L + L // 128 * 16) - L  # by little: what MEM1 needs does not grow, so neither does this
+            grow = 0, 0, 0, max(self.used, L + L // 128 * 16) - L  # by an eighth at most: what MEM1 needs does not grow, so neither does this
             self.k, self.v = F.pad(self.k[:, : self.rows], grow), F.pad(self.v[:, : self.rows], grow)
             self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
         slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)
         self.bias = as_bias(torch.arange(self.used, device=self.n.device) <= slots[..., None])  # (B, 1, T, L)
-        self.at = torch.arange(self.B, device=self.n.device)[:, None], slots  # where the new ones go
+        self.at = torch.arange(self.B, device=self.n.device)[:, None], slots  # (B, 1), (B, T): where the new ones go
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=self.n.device)  # (B, 3): of the three before and the T new, the last real ones
         self.n[: self.B] += n
         return slots

@@ -260,7 +260,7 @@ def test_no_token_sees_what_comes_after_it_and_no_row_is_empty(policy, turns, se
     finally:
         model_py.attend = attend
     for i, w in enumerate(weights):  # (R, nh, S, L), layer by layer, in each rectangle by rectangle
-        queries, keys, see = p.groups[i % len(p.groups)]
+        queries, keys, see = p.rectangles[i % len(p.rectangles)]
         itself = see & (keys[:, None] == queries[..., None])  # (R, S, L)
         assert torch.allclose(w.sum(-1), torch.ones(()).to(w)) and (w[itself[:, None].expand_as(w)] > 0).all()
         assert (itself.sum(-1) == see.any(-1)).all()
@@ -294,11 +294,12 @@ def test_only_rows_that_predict_a_trained_token_get_a_gradient_and_padding_is_ne
     assert len(rows) == 1 and (grad[p.at] > 0).all()
     grad[p.at] = 0.0
     assert (grad == 0.0).all()
-    padded = 0
-    for queries, keys, see in p.groups:  # other padding
+    assert any((~see.any(2)).any() for _, _, see in p.rectangles) and any((~see.any(1)).any() for _, _, see in p.rectangles)
+    for queries, keys, see in p.rectangles:  # other padding
         queries[~see.any(2)], keys[~see.any(1)] = 7, 7
-        padded += (~see.any(2)).sum() * (~see.any(1)).sum()
-    assert padded and (evaluate(gpt, p)[0] == before).all()
+    assert (evaluate(gpt, p)[0] == before).all()
+    keys[see.any(1)] = 7  # control: what is no padding is read
+    assert (evaluate(gpt, p)[0] != before).any()
 
 
 @given(st.permutations(range(4)))
@@ -317,8 +318,8 @@ def test_packing_leaves_its_input_as_it_was():
     mem1.stitched(trajs[0])
     assert describe() == before
     for a, b in zip(*packs):
-        assert all((getattr(a, k) == getattr(b, k)).all() for k in vars(a) if k != "groups")
-        assert all((x == y).all() for group, other in zip(a.groups, b.groups) for x, y in zip(group, other))
+        assert all((getattr(a, k) == getattr(b, k)).all() for k in vars(a) if k != "rectangles")
+        assert all((x == y).all() for group, other in zip(a.rectangles, b.rectangles) for x, y in zip(group, other))
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -1149,6 +1150,19 @@ def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(fin
     evaluation.main()
     groups = json.loads(capsys.readouterr().out)
     assert list(groups) == ["tree", "stitched"] and all(len(values) == 1 for values in groups["stitched"].values())
+    assert groups["tree"]["to 0.8"] == [None]  # nothing is earned in so short a run
+    with open(tmp_path / "again" / "metrics.jsonl", "r+") as file:
+        rows = [{**json.loads(line), "reward": float(i >= 1)} for i, line in enumerate(file)]
+        file.seek(0)
+        file.writelines(json.dumps(row) + "\n" for row in rows * 4)  # 0 1 1 1, four times: 0.8 of ten that begin at the second
+    evaluation.main()
+    assert json.loads(capsys.readouterr().out)["stitched"]["to 0.8"] == [11.0]
+
+
+def test_what_stops_a_run_for_a_while_does_not_count_in_its_minutes():
+    rows = [dict(stage=stage, agent="mem1", minutes=m) for stage, m in (("demos", 1), ("demos", 2), ("demos", 103), ("ppo", 107), ("ppo", 111))]
+    assert evaluation.undisturbed(rows) == 3 * 1 + 2 * 4
+    assert evaluation.undisturbed(rows[:2]) == 2  # control: what was not stopped counts whole
 
 
 @pytest.mark.parametrize("lines, number", [(2, signal.SIGINT), (14, signal.SIGTERM)])
@@ -1608,7 +1622,7 @@ def cut(p):
 
 
 def padding_seen(p):
-    p.groups = [(queries, keys, see | ~see.any(1, keepdim=True)) for queries, keys, see in p.groups]
+    p.rectangles = [(queries, keys, see | ~see.any(1, keepdim=True)) for queries, keys, see in p.rectangles]
     return p
 
 
