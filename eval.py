@@ -28,7 +28,6 @@ Greedy decoding. Episodes come from seeds that no training and no validation epi
 import argparse
 import contextlib
 import copy
-import dataclasses
 import datetime
 import difflib
 import functools
@@ -43,6 +42,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -682,60 +682,86 @@ def bench(say, peers, quick):
     """All measurements, {name: number}; a line said for each. quick: small, for a test."""
     import train
     cfg = train.Config(device="cpu", dtype="float32")
-    pairs, episodes = (1, 4) if quick else (5, SIDE_BY_SIDE)
+    pairs, cfg.ppo_batch = (1, 4) if quick else (5, SIDE_BY_SIDE)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.manual_seed(0)
-    model, policy, found = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)), mem1, {}
-    endless = GPT(model.config)
+    model = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    endless = GPT(model.config)  # its turns do not end before their cap
     endless.logits = lambda x: GPT.logits(endless, x).index_fill(-1, torch.tensor([END]), -1e9)
-
-    def note(name, seconds, text):
-        ratios = seconds[:, 0] / seconds[:, 1]
-        found[name] = float(np.median(ratios))
-        say(f"{name:22s} {found[name]:6.2f} times   ({ratios.min():.2f} to {ratios.max():.2f}, {len(ratios)} pairs)   {text}")
-
-    def clock(work, n=5):
-        times = []
-        for _ in range(n):
-            began = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    a, b = torch.randn(2, 1024, 1024).unbind()
     long = torch.randn(2**24)
-    gemm = lambda: 2 * 1024**3 / clock(lambda: a @ b)
-    peak, bandwidth = gemm(), 2 * 4 * 2**24 / clock(lambda: long.clone())
-    say(f"one core: {peak / 1e9:.0f} GFLOP/s in a product of 1024 x 1024, {bandwidth / 1e9:.1f} GB/s in a copy; load before: {os.getloadavg()[0]:.1f}")
+    bandwidth = 2 * 4 * len(long) / best(long.clone)
+    say(f"one core: {gemm_peak() / 1e9:.0f} GFLOP/s in a product of 1024 x 1024, {bandwidth / 1e9:.1f} GB/s in a copy; load before: {os.getloadavg()[0]:.1f}")
+    found = dict(rollout_vs_hf=None, update_vs_trl=None)
+    found |= bench_rollout(endless, bandwidth, cfg, pairs, say)
+    found |= bench_learner(model, endless, cfg, pairs, say)
+    found |= bench_iteration(model, cfg, 1 if quick else 3, say)
+    found |= bench_horizon(cfg, (2, 4) if quick else (2, 4, 8, 16, 32, 64), say)
+    return found | (against_peers(cfg, endless, pairs, say) if peers else {})
 
-    # Sampling.
-    start = lambda turns=TURNS: ([Metronome(turns) for _ in range(episodes)], policy, [np.random.default_rng(i) for i in range(episodes)])
-    ours, slow = lambda turns=TURNS: rollout(endless, *start(turns)), lambda: by_turns(*start(2), lambda *a: without_a_cache(endless, *a))
+
+def best(work, n=5):
+    """The least seconds of n times."""
+    return paired(work, lambda: None, n)[:, 1].min()
+
+
+def gemm_peak():
+    """Floating point operations a second in the product of two large matrices."""
+    a, b = torch.randn(2, 1024, 1024)
+    return 2 * 1024**3 / best(lambda: a @ b)
+
+
+def times(say, name, seconds, text):
+    """The median ratio of seconds (pairs, 2), said with its range."""
+    ratios = seconds[:, 0] / seconds[:, 1]
+    say(f"{name:22s} {np.median(ratios):6.2f} times   ({ratios.min():.2f} to {ratios.max():.2f}, {len(ratios)} pairs)   {text}")
+    return float(np.median(ratios))
+
+
+def metronomes(episodes, turns=TURNS):
+    """What rollout() needs for so many episodes of a Metronome."""
+    return [Metronome(turns) for _ in range(episodes)], mem1, [np.random.default_rng(i) for i in range(episodes)]
+
+
+def bench_rollout(endless, bandwidth, cfg, pairs, say):
+    """Sampling, against what the machine could do at most, and against sampling without a cache."""
+    episodes = cfg.ppo_batch
+    ours, slow = lambda: rollout(endless, *metronomes(episodes, 2)), lambda: by_turns(*metronomes(episodes, 2), partial(without_a_cache, endless))
     text = lambda trajs: [[turn.written for turn in traj.turns] for traj in trajs]
-    assert text(ours(2)) == text(slow()), "with a cache and without, the same must be written"
-    seconds = paired(lambda: ours(2), slow, pairs)
-    note("rollout_vs_nocache", seconds, f"{episodes} episodes of 2 turns; the same tokens, {episodes * 2 * WRITTEN / np.median(seconds[:, 0]):.0f} a second without a cache")
-    trajs = ours()
-    took, least = clock(ours), floor(trajs, endless, peak, bandwidth)
-    found["rollout_tok_s"], found["rollout_of_floor"] = episodes * TURNS * WRITTEN / took, least / took
-    say(f"rollout: {found['rollout_tok_s']:.0f} tokens a second, {least / took:.0%} of what products and memory traffic alone would allow")
+    assert text(ours()) == text(slow()), "with a cache and without, the same must be written"
+    seconds = paired(ours, slow, pairs)
+    rate = episodes * 2 * WRITTEN / np.median(seconds[:, 0])
+    without = times(say, "rollout_vs_nocache", seconds, f"{episodes} episodes of 2 turns; the same tokens, {rate:.0f} a second without a cache")
+    trajs = rollout(endless, *metronomes(episodes))
+    took, least = best(lambda: rollout(endless, *metronomes(episodes))), floor(trajs, endless, gemm_peak(), bandwidth)
+    speed = episodes * TURNS * WRITTEN / took
+    say(f"rollout: {speed:.0f} tokens a second, {least / took:.0%} of what products and memory traffic alone would allow")
+    return dict(rollout_vs_nocache=without, rollout_tok_s=speed, rollout_of_floor=least / took)
 
-    # Learning.
-    acted = {n: acted_out(model, cfg, n, (episodes * 2 + n) // n, policy)[0] for n in (2, 16)}
-    for turns, written, task in (6, 24, 64), (16, 48, 160):  # as long as a question in plain words makes it
-        worlds = [Metronome(turns, written, task) for _ in range((episodes * 4 + turns) // turns)]
+
+def bench_learner(model, endless, cfg, pairs, say):
+    """A forward and a backward pass over whole episodes, against one sequence a turn: of our own tasks, and of tasks
+    and states as long as plain words would make them."""
+    found, policy = {"mfu": 0.0}, mem1
+    acted = {n: acted_out(model, cfg, n, (cfg.ppo_batch * 2 + n) // n, policy)[0] for n in (2, 16)}
+    for turns, written, task in (6, 24, 64), (16, 48, 160):
+        worlds = [Metronome(turns, written, task) for _ in range((cfg.ppo_batch * 4 + turns) // turns)]
         acted[f"{task}x{turns}"] = rollout(endless, worlds, policy, [np.random.default_rng(i) for i in range(len(worlds))])
     for n, trajs in acted.items():
-        assert abs(a_tree(model, trajs, cfg.pack_tokens) / a_row_a_turn(model, trajs, cfg.pack_tokens) - 1) < 1e-4, "both must be the same loss"
-        seconds = paired(lambda: a_tree(model, trajs, cfg.pack_tokens), lambda: a_row_a_turn(model, trajs, cfg.pack_tokens), pairs)
-        tokens, of_peak = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs), flops(model, trajs) / seconds[:, 1].min() / gemm()
-        note(f"learner_vs_per_turn_{n}", seconds, f"{tokens / np.median(seconds[:, 1]):.0f} tokens a second, {of_peak:.0%} of the peak of products")
+        tree, rows = partial(a_tree, model, trajs, cfg.pack_tokens), partial(a_row_a_turn, model, trajs, cfg.pack_tokens)
+        assert abs(tree() / rows() - 1) < 1e-4, "both must be the same loss"
+        seconds = paired(tree, rows, pairs)
+        tokens, of_peak = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs), flops(model, trajs) / seconds[:, 1].min() / gemm_peak()
+        name = f"learner_vs_per_turn_{n}"
+        found[name] = times(say, name, seconds, f"{tokens / np.median(seconds[:, 1]):.0f} tokens a second, {of_peak:.0%} of the peak of products")
         if n in (2, 16):
-            found["mfu"] = max(of_peak, found.get("mfu", 0.0))
+            found["mfu"] = max(of_peak, found["mfu"])
+    return found
 
-    # An iteration: where the time goes.
-    cfg.ppo_batch = episodes
+
+def bench_iteration(model, cfg, n, say):
+    """Where the time of n PPO iterations goes."""
+    import train
     learner, reference = train.Learner(model), GPT(model.config)
     optimiser, spent = torch.optim.AdamW(model.parameters(), lr=1e-9), dict.fromkeys(("act", "sample", "make", "learn"), 0.0)
 
@@ -748,9 +774,9 @@ def bench(say, peers, quick):
         return wrapped
 
     def iteration():
-        return train.reinforce(cfg, learner, optimiser, reference, policy, [train.world(cfg, 0, train.PPO, 0, i) for i in range(cfg.ppo_batch)], 0, 0, 1)
+        return train.reinforce(cfg, learner, optimiser, reference, mem1, [train.world(cfg, 0, train.PPO, 0, i) for i in range(cfg.ppo_batch)], 0, 0, 1)
 
-    scripts = [demonstrate(train.world(cfg, 0, train.PPO, 0, i), policy).turns for i in range(cfg.ppo_batch)]
+    scripts = [demonstrate(train.world(cfg, 0, train.PPO, 0, i), mem1).turns for i in range(cfg.ppo_batch)]
     repeat = lambda model, worlds, policy, rngs: rollout(model, worlds, policy, [Lines(turns) for turns in scripts])
     with instead(core, sample=recite, feed=timed("sample", core.feed), write=timed("sample", core.write)):
         with instead(train, rollout=timed("act", repeat), optimise=timed("learn", train.optimise),
@@ -758,47 +784,43 @@ def bench(say, peers, quick):
             iteration()
             spent.update(dict.fromkeys(spent, 0.0))
             began = time.perf_counter()
-            for _ in range(1 if quick else 3):
+            for _ in range(n):
                 iteration()
             whole = time.perf_counter() - began
     parts = {"sampling": spent["sample"], "forward, backward, step": spent["learn"], "worlds, packing, Python": spent["act"] - spent["sample"] + spent["make"]}
     parts["reference, advantages, the rest"] = whole - sum(parts.values())
-    found["env_share"], found["iteration_s"] = parts["worlds, packing, Python"] / whole, whole / (1 if quick else 3)
-    say(f"a PPO iteration of {cfg.ppo_batch} episodes: {found['iteration_s']:.2f} s: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items()))
+    say(f"a PPO iteration of {cfg.ppo_batch} episodes: {whole / n:.2f} s: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items()))
+    return dict(env_share=parts["worlds, packing, Python"] / whole, iteration_s=whole / n)
 
-    # Memory, and time a turn, over the horizon.
-    slot = 2 * 4 * cfg.n_layer * cfg.n_embd  # bytes a token
-    horizons = (2, 4) if quick else (2, 4, 8, 16, 32, 64)
+
+def bench_horizon(cfg, horizons, say):
+    """Memory, and time a turn, over the horizon."""
+    found, slot = {}, 2 * 4 * cfg.n_layer * cfg.n_embd  # bytes a token
     say(f"{'task':6s} {'agent':5s} {'objectives':>10s} {'KB of cache beside the task':>28s} {'MB of memory at peak':>21s} {'ms a turn, first':>17s} {'last':>6s}")
     for kind, name in ("count", "mem1"), ("list", "mem1"), ("list", "full"):
-        cfg.kinds = [kind]
-        ENC.add(envs.words_of(cfg))
+        world = replace(cfg, kinds=[kind])
+        ENC.add(envs.words_of(world))
         model, key = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)), "" if (kind, name) != ("list", "mem1") else "_list"
         beside, turn = [], []
         for n in horizons:
             peak_memory(reset=True)
-            trajs, seconds, cache = acted_out(model, cfg, n, 8, POLICIES[name])
+            trajs, seconds, cache = acted_out(model, world, n, 8, POLICIES[name])
             beside.append((cache.bytes - slot * len(trajs) * max(len(t.task) for t in trajs)) / 8 / 1e3)
             shown = min(len(t.turns) for t in trajs)  # while all play
             turn.append((np.median(seconds[1 : 1 + shown // 3 + 1]), np.median(seconds[shown - shown // 3 - 1 : shown])))
             say(f"{kind:6s} {name:5s} {n:10d} {beside[-1]:28.0f} {peak_memory():21.0f} {turn[-1][0] * 1e3:17.1f} {turn[-1][1] * 1e3:6.1f}")
         found[f"cache_growth_{name}{key}"] = beside[-1] / beside[0]
         found[f"turn_growth_{name}{key}"] = float(turn[-1][1] / turn[-1][0])
-
-    for name in "rollout_vs_hf", "update_vs_trl":
-        found[name] = None
-    if peers:
-        against_peers(cfg, endless, start, note, say, pairs, episodes)
     return found
 
 
-def against_peers(cfg, endless, start, note, say, pairs, episodes):
+def against_peers(cfg, endless, pairs, say):
     """The same work by transformers (generate) and by TRL (PPO, 1.12.0 is the last release that has it), where they are installed."""
-    import train
     try:
         import transformers
     except ImportError:
-        return say("transformers is not installed: not compared (pip install transformers==5.23.0 trl==1.12.0)")
+        say("transformers is not installed: not compared (pip install transformers==5.23.0 trl==1.12.0)")
+        return {}
     transformers.utils.logging.set_verbosity_error()
     C, V, size = cfg.n_embd, ENC.n_vocab, sum(p.numel() for p in endless.parameters())
     shape = dict(vocab_size=V, hidden_size=C, intermediate_size=8 * C // 3, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
@@ -813,11 +835,18 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
                              temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
         return ids[:, contexts.size(1) :]
 
+    episodes = cfg.ppo_batch
+    ours, their = lambda: rollout(endless, *metronomes(episodes)), lambda: by_turns(*metronomes(episodes), generate)
     written = lambda trajs: sum(len(turn.written) for traj in trajs for turn in traj.turns)
-    assert written(by_turns(*start(), generate)) == written(rollout(endless, *start())) == episodes * TURNS * WRITTEN
-    seconds = paired(lambda: rollout(endless, *start()), lambda: by_turns(*start(), generate), pairs)
-    note("rollout_vs_hf", seconds, f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__} generate, {theirs} weights against {size}")
+    assert written(their()) == written(ours()) == episodes * TURNS * WRITTEN
+    text = f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__} generate, {theirs} weights against {size}"
+    return dict(rollout_vs_hf=times(say, "rollout_vs_hf", paired(ours, their, pairs), text), update_vs_trl=against_trl(cfg, endless, shape, pairs, say))
 
+
+def against_trl(cfg, endless, shape, pairs, say):
+    """One PPO update by TRL, of models of this shape. None if it is not installed."""
+    import train
+    import transformers
     try:
         import datasets
         from tokenizers import Tokenizer, models
@@ -825,8 +854,8 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
         import trl
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     except ImportError:
-        return say("trl 1.12.0 is not installed: PPO not compared")
-    E, N = max(8, episodes // 2), 64  # episodes; tokens of the task and of the answer
+        return say("trl 1.12.0 is not installed: PPO not compared")  # None
+    E, N, V, size = max(8, cfg.ppo_batch // 2), 64, shape["vocab_size"], sum(p.numel() for p in endless.parameters())  # episodes; tokens of the task and of the answer
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(V + 2)}, unk_token="0")),
                                                  pad_token=str(V), eos_token=str(V + 1), padding_side="left")  # neither is ever sampled
     tasks = datasets.Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(0, V, (E, N)).tolist()})
@@ -843,7 +872,7 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
             trainer.train()
             return time.perf_counter() - began
 
-    ppo = dataclasses.replace(cfg, ppo_batch=E, ppo_epochs=1, ppo_minibatches=1, ppo_primer=0)
+    ppo = replace(cfg, ppo_batch=E, ppo_epochs=1, ppo_minibatches=1, ppo_primer=0)
     reference, optimiser = GPT(endless.config), torch.optim.AdamW(endless.parameters(), lr=1e-5)
 
     def our_update():
@@ -853,7 +882,8 @@ def against_peers(cfg, endless, start, note, say, pairs, episodes):
         return time.perf_counter() - began
 
     seconds = np.array([(their_update(), our_update()) for _ in range(pairs + 1)][1:])
-    note("update_vs_trl", seconds, f"{E} episodes of one turn, {N} tokens read, {N} written; trl {trl.__version__}, policy and critic of {size} weights each")
+    text = f"{E} episodes of one turn, {N} tokens read, {N} written; trl {trl.__version__}, policy and critic of {size} weights each"
+    return times(say, "update_vs_trl", seconds, text)
 
 
 def peak_memory(reset=False):
