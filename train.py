@@ -207,6 +207,17 @@ class Learner(nn.Module):
         return evaluate(self.model, batch)
 
 
+def distribute(model, cfg, world_size):
+    """The Learner of a model, by DDP if there are several processes."""
+    learner = Learner(model)
+    if world_size > 1:
+        learner = nn.parallel.DistributedDataParallel(learner)
+        # After its first backward pass DDP orders what it sums anew. Let that be over: a resumed run must not sum in another order.
+        for batch in pack([exercise(cfg, 0, 0, 2)], cfg.pack_tokens):
+            sum(0.0 * x.sum() for x in learner(batch.to(cfg.device))).backward()
+    return learner
+
+
 def total(tensor):
     """Sum over all processes."""
     if dist.is_initialized():
@@ -502,10 +513,7 @@ def train(rank, world_size, cfg, signals):
         except BrokenPipeError:  # nobody listens any more; metrics.jsonl has all of it
             sys.stdout = open(os.devnull, "w")
 
-    stages = [] if cfg.start else [("primer", None)]
-    for agent in cfg.agents:
-        stages += [] if cfg.start else [("demos", agent)]
-        stages += [("judge", agent)] * (cfg.reward == "judge") + [("ppo", agent)]
+    stages = stages_of(cfg)
     state = begin(cfg, stages, rank)
     started = time.perf_counter() - state["seconds"]
 
@@ -524,12 +532,7 @@ def train(rank, world_size, cfg, signals):
         stage, agent = stages[state["stage"]]
         steps = steps_of(cfg, (stage, agent))
         model, reference, judge, optimiser = build(cfg, stage, agent, state)
-        learner = Learner(model)
-        if world_size > 1:
-            learner = nn.parallel.DistributedDataParallel(learner)
-            # After its first backward pass DDP orders what it sums anew. Let that be over: a resumed run must not sum in another order.
-            for batch in pack([exercise(cfg, 0, 0, 2)], cfg.pack_tokens):
-                sum(0.0 * x.sum() for x in learner(batch.to(cfg.device))).backward()
+        learner = distribute(model, cfg, world_size)
         lr, every = getattr(cfg, f"{stage}_lr"), cfg.eval_every * (1 if stage == "ppo" else 25)
         longest = depth_needed(cfg, agent) if agent else None
 
@@ -550,11 +553,10 @@ def train(rank, world_size, cfg, signals):
             state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
             done = step + 1
             if stage in ("demos", "ppo") and (done % every == 0 or done == steps):
-                for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
-                    look = evaluation.measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
-                    row.update({f"{key}@{n}": look[key] for key in ("em", "peak")})
-                if stage == "ppo" and (not state["best"] or look["em"] >= state["best"][0]):  # at the farther horizon
-                    state["best"] = [look["em"], weights_of(model)]
+                looks, em = look(model, agent, cfg, rank, world_size)
+                row.update(looks)
+                if stage == "ppo" and (not state["best"] or em >= state["best"][0]):
+                    state["best"] = [em, weights_of(model)]
             if rank == 0:
                 row = dict(stage=stage, agent=agent, step=done, minutes=(time.perf_counter() - started) / 60, **row)
                 with writing(cfg), open(out / "metrics.jsonl", "a") as file:
@@ -589,6 +591,15 @@ def train(rank, world_size, cfg, signals):
             write_atomically(out / "results.json", json.dumps({**results, "meta": meta}, indent=1).encode())
     say(evaluation.trend(results))
     say(f"{meta['minutes']:.0f} minutes; results in {out}/results.json; see what the agent does: python eval.py {out} --show 2")
+
+
+def look(model, agent, cfg, rank, world_size):
+    """Validation at 2 and at 16 objectives: what to log, and the EM of the farther."""
+    row = {}
+    for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
+        r = evaluation.measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, evaluation.VALID, rank, world_size)
+        row.update({f"{key}@{n}": r[key] for key in ("em", "peak")})
+    return row, r["em"]
 
 
 def alone(out):
@@ -643,6 +654,15 @@ def begin(cfg, stages, rank):
                 pass  # half a line, of a process that was killed
         write_atomically(metrics, "".join(kept).encode())
     return state
+
+
+def stages_of(cfg):
+    """[(stage, agent), ...] of a run, in order."""
+    stages = [] if cfg.start else [("primer", None)]
+    for agent in cfg.agents:
+        stages += [] if cfg.start else [("demos", agent)]
+        stages += [("judge", agent)] * (cfg.reward == "judge") + [("ppo", agent)]
+    return stages
 
 
 def steps_of(cfg, stage):
