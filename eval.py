@@ -1002,6 +1002,7 @@ def main():
     parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K trajectories instead of the table")
     parser.add_argument("--env", choices=envs.ENVS, help="play in this world, trained for or not; default: the run's")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), help="comma-separated kinds of tasks, e.g. count,compare; default: the run's")
     parser.add_argument("--ask", metavar="TEXT", help='questions to an agent trained with --facts: "Japan capital; Peru continent"')
     parser.add_argument("--failures", action="store_true", help="why objectives were lost, by cause, instead of the table")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn, instead of the table")
@@ -1043,8 +1044,10 @@ def main():
         parser.error("no run given; expected the directory of a run of train.py, such as runs/cpu")
     torch.manual_seed(0)
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
-    if world and args.env:
-        world.env = args.env
+    if world and (args.env or args.kinds):
+        import train
+        world.env, world.kinds = args.env or world.env, args.kinds or world.kinds
+        train.check(world, parser.error)
     most = envs.farthest(world) if world else len(envs.INDICES)
     if args.objectives and max(args.objectives) > most:
         parser.error(f"--objectives {max(args.objectives)}: in the world of this run there are names for at most {most}")

@@ -1117,6 +1117,8 @@ def test_evaluation_reads_a_run_and_repeats_its_results(finished):
     assert again == results(out)[0]
     code, text, _ = script("eval.py", out, "--show", 2, "--policies", "full")
     assert code == 0 and text.count("task   <task>") == 2 and "right would be" in text
+    code, text, _ = script("eval.py", out, "--show", 2, "--kinds", "compare", "--policies", "mem1")  # tasks that it was not trained for
+    assert code == 0 and text.count("task   <task> compare #") == 2
 
 
 def test_the_benchmark_measures_the_same_work_and_says_what_it_promises():
@@ -1543,7 +1545,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
 
 @pytest.mark.parametrize("flags, words", [
     (["--threads", "0"], "at least 1"), (["--episodes", "-1"], "at least 1"), (["--device", "abacus"], "expected cpu"), (["--objectives", "0"], "invalid"),
-    (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table"), (["--peers"], "goes with --bench")])
+    (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table"), (["--peers"], "goes with --bench"),
+    (["--kinds", "riddle"], "expected list, chain"), (["--env", "shop", "--kinds", "count"], "no other kinds")])
 def test_bad_input_to_the_evaluation_gets_one_line_too(finished, flags, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(finished[0]), *flags])
     with pytest.raises(SystemExit) as exit:
