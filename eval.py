@@ -480,38 +480,43 @@ def draw(one, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     order = "mem1 mem1-demos full full-2x separate window notes amnesic truncate".split()
+    color = dict(zip(order, "tab:blue tab:cyan tab:red tab:pink tab:purple tab:green tab:olive tab:gray tab:brown".split()))
+    names = {"mem1-demos": "mem1 before PPO", "full-2x": "full, twice the weights"}
     trained = max(run["config"]["objectives"][1] for run in one["meta"].values())
 
-    def lines(axis, runs, label=None):
+    def lines(axis, runs, method):
         """runs [{x: y}, ...], one a seed: a line for the mean, a band from the lowest to the highest."""
         x = sorted(set.intersection(*map(set, runs))) if runs else []
         if x:
             y = np.array([[run[i] for i in x] for run in runs])  # (seeds, x)
-            color = axis.plot(x, y.mean(0), marker="o" if len(x) < 20 else None, markersize=3, label=label)[0].get_color()
-            axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=color)
+            axis.plot(x, y.mean(0), marker="o" if len(x) < 20 else None, markersize=3, color=color[method], label=names.get(method, method))
+            axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=color[method])
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, name, title in (left, "em", "questions answered exactly"), (right, "peak", "peak tokens in context"):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
+    for axis, name, title in (left, "em", "questions answered exactly"), (right, "peak", "peak tokens in context (log scale)"):
         for method in order:
             lines(axis, [{int(n): r[name] for n, r in cells[method].items()} for cells in one["seeds"].values() if method in cells], method)
-        axis.axvspan(1, trained, color="0.93", zorder=0, label="trained")
+        axis.axvspan(1, trained, color="0.93", zorder=0, label=f"trained: 1 to {trained}")
         axis.set(xscale="log", xlabel="questions in the task", title=title)
         axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
-        axis.minorticks_off()
+    left.plot(range(1, 13), range(1, 13), color="0.6", linestyle="--", linewidth=1, label="all of them")
     right.set_yscale("log")
-    left.legend(fontsize=8)
+    right.set_yticks([30, 50, 100, 200, 500, 1000], "30 50 100 200 500 1000".split())
+    for axis in left, right:
+        axis.minorticks_off()
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(0.91, 0.5), title="bands: all seeds", title_fontsize=8)
     figure.savefig(out / "scaling.png", dpi=120, bbox_inches="tight")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
+    smooth = lambda y, k=3: [float(np.mean(y[max(0, i - k) : i + k + 1])) for i in range(len(y))]
     for method in order:
-        lines(left, [dict(enumerate(cells[method])) for cells in one["curves"].values() if method in cells], method)
-    for method, label in ("mem1", "mem1 after PPO"), ("mem1-demos", "before"):
-        lines(right, [{int(t): row["held"] for t, row in cells[method].items() if 2 <= int(t) <= 24} for cells in one["memory"].values()], label)
-    left.set(xlabel="PPO iteration", title=f"share of the questions answered, up to {trained} a task")
+        lines(left, [dict(enumerate(smooth(cells[method]))) for cells in one["curves"].values() if method in cells], method)
+    for method in "mem1", "mem1-demos":
+        lines(right, [{int(t): row["held"] for t, row in cells[method].items() if 2 <= int(t) <= 24} for cells in one["memory"].values()], method)
+    left.set(xlabel="PPO iteration (mean over seven)", title=f"reward: share of 1 to {trained} questions answered")
     right.set(xlabel="turn (16 questions)", title="share of the answers found that the state holds", ylim=(0, 1.05))
-    for axis in left, right:
-        if axis.lines:
-            axis.legend(fontsize=8)
+    handles = {label: handle for axis in (right, left) for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(0.91, 0.5), title="bands: all seeds", title_fontsize=8)
     figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
     plt.close("all")
 
