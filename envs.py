@@ -61,7 +61,7 @@ class World:
 
     prompt   the task as text
     golds    [(index, answer), ...], what would be right
-    width    tokens that a name has at most
+    width    tokens that an objective has at most in a state, beside its index and a colon: those of a name, as a rule
     paths    {index: facts that lead to the answer}, where there are such
 
     After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it, and
@@ -319,7 +319,7 @@ def read_facts(path, skip_bad=False):
             parts = [json.loads(line)[key] for key in ("subject", "relation", "object")] if str(path).endswith(".jsonl") else line.split("\t")
         except (ValueError, KeyError, TypeError):
             parts = []
-        triple = tuple(map(name_of, parts))
+        triple = tuple(name_of(part) for part in parts if isinstance(part, (str, int, float)))
         if len(triple) != 3 or not all(triple):
             bad.append(f"line {number} is {line[:60]!r}, expected subject, relation and object")
             continue
@@ -413,6 +413,7 @@ class Dialogue(ComposedQA):
 
     def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",)):
         super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or (hops[1] + 1) * n_objectives + 2, ["chain"])
+        self.width = 2 + hops[1]  # `user`, name and relations: what is still to be asked is kept in mind as it was said
         rng = np.random.default_rng([*np.ravel(seed), 1])
         _, questions = read_task(self.prompt)
         about, at_first, messages, sure = {subject for _, subject, *_ in questions}, [], [], 0
@@ -549,7 +550,7 @@ def farthest(world):
     """The longest horizon that there are indices, and in an invented world names, for."""
     if world.env == "shop":
         return len(INDICES) * 2 // 3
-    return len(INDICES) if world.facts else min(len(INDICES), world.names // world.hops[1])
+    return len(INDICES) if world.facts else min(len(INDICES) - ("count" in world.kinds), world.names // world.hops[1])
 
 
 def asked(subject, relations):
@@ -652,7 +653,7 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
     ahead = {i for i, *_ in itertools.dropwhile(lambda question: question[0] != then, questions)}
     news = " ".join(said(i, *change) for i, change in changes.items() if i != index and (change[0] or i in ahead) and style != "fresh")
-    parts = [*question, LIST, memory, news] if style == "apart" else [LIST, memory, *question, news]
+    parts = [*question, LIST, memory, news] if style == "apart" and not head else [LIST, memory, *question, news]  # a tally does not say where one is
     query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
     return " ".join(filter(None, [*found, *parts])), "query", query
 
@@ -749,7 +750,7 @@ def primer(rng, longest, more=()):
     if skill == "copy":  # a list of words
         text = draw(n, names)
         target = [(text, True)]
-    elif skill == "edit":  # a list of pairs with a question at its end, that comes by the answer to its first step
+    elif skill == "edit":  # a list that ends in an open question; then the answer to its first step comes: copy the list with that step done
         chain, answer, then = draw(rng.integers(1, 4), RELATIONS), any_of(names), any_of([*INDICES, STOP])
         text = [LIST, *pairs[:-1], keys[-1], *asked(values[-1], chain), then, STOP, answer]
         target = [([LIST, *pairs[:-1], keys[-1], *asked(answer, chain[1:]), then], True)]

@@ -11,8 +11,8 @@ at every turn, and the next turn sees nothing else of the past:
              read again, and not trained           trained, exactly once
 
 This file holds the whole method but the optimiser: the tags and the tokenizer, the parser of what the
-agent wrote, the context policies (what to keep), the rollout, the trajectory as the learner sees it, and, to
-measure what it is worth to be exact, the paper's own layout of it and that of its released code.
+agent wrote, the context policies (what to keep), the rollout, and the trajectory as the learner sees it; also the
+layouts of the paper and of its released code, to measure what exactness is worth.
 
 The one idea. Contexts of an episode that share a beginning share tokens, so together they are a tree:
 a token's context is its path to the root. Here the tree is a trunk, the task, and *branches*. A branch
@@ -23,9 +23,9 @@ approximated: a token attends to its ancestors, its position is its depth, and i
 row of its parent, in the very context in which it was sampled.
 
 Differs from the paper (sec. 3.3) and its released code:
-1) the paper stitches one copy of every token and hides what is pruned by a 2-D attention mask. The keys
-   of a kept token were then computed while it still saw what is pruned now, so the learner's policy is
-   not the one that acted from the third turn on. The tree is exact, and needs no mask of that kind;
+1) the paper stitches one copy of every token and hides what is pruned by a 2-D attention mask. There, the keys
+   of a kept token are computed while it still sees what has since been pruned, so that from the third turn on
+   the learner's policy is not the one that acted. The tree is exact, and needs no mask of that kind;
 2) one <end> closes a turn, and a segment ends where the next tag begins;
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
 """
@@ -39,7 +39,7 @@ import tiktoken
 import torch
 
 import envs
-from model import Cache, Tree
+from model import WIDTH, Cache, Tree
 
 # ----------------------------------------------------------------------------------------------
 # Tokens. Tags are special tokens; every word of the world is one token; other text is bytes.
@@ -139,7 +139,7 @@ class Trajectory:
     task: list  # <task> ..., the trunk
     branches: list = field(default_factory=list)
     turns: list = field(default_factory=list)
-    positions: object = None  # in training, of the depths 0, 1, 2, ...; None: the depths themselves, as when acting
+    positions: object = None  # positions[d] is the position of depth d, in the task and in every branch; only demonstrations spread them (train.py). None: position = depth
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
     spans: list = field(default_factory=list)  # (seen, wrote) a turn: tokens in context before it wrote, task not counted
     valid: int = 0  # well-formed turns
@@ -522,8 +522,8 @@ def _collate(trajs, chunk):
         mine = np.arange(len(ids), len(ids) + len(new))
         keys = np.concatenate([trunk, mine])
         contexts.append((mine, keys, np.tri(len(keys), dtype=bool)[len(trunk) :] if see is None else see))
-        keys = np.concatenate([[-1, -1, -1], keys])
-        before.append([keys[j : j + len(new)] + 1 for j in range(len(trunk), len(trunk) + 3)])
+        keys = np.concatenate([np.full(WIDTH - 1, -1), keys])
+        before.append([keys[j : j + len(new)] + 1 for j in range(len(trunk), len(trunk) + WIDTH - 1)])
         ids.extend(new)
         pos.extend(positions)
         return mine

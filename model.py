@@ -11,7 +11,7 @@ At the end: how a model is kept in a file, such that no crash, no full disk and 
 Differs from GPT-2, each because half a million weights have to learn to look things up in minutes:
 1) a causal convolution of width 4 before q, k, v (a "Canon layer", arXiv 2512.17351): a token sees
    the three before it without spending a head on that. It is what makes lookup quick to learn;
-2) rotary positions (arXiv 2104.09864) on part of each head; no learned positions, no biases;
+2) rotary positions (arXiv 2104.09864) on part of each head; no learned positions, no biases but the value head's;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
 """
 import contextlib
@@ -46,7 +46,7 @@ class GPT(nn.Module):
         C = config.n_embd
         self.hs = C // config.n_head
         self.half = False  # matrix products in bfloat16; weights, softmax, logits, values and losses in float32 all the same
-        self.rope = self.hs // 3 * 2 // 2 * 2  # channels of a head that carry the position: two thirds, an even number
+        self.rope = self.hs // 3 * 2  # channels of a head that carry the position: two thirds, always even
         self.emb = nn.Embedding(config.vocab_size, C)
         self.ln_in, self.ln_out = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -82,7 +82,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(conv(norm(x))), then x + mlp(norm(x))."""
+    """x + attention(h + conv(h)) where h is norm(x), then x + mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,9 +107,10 @@ class Block(nn.Module):
         return self.output(x, past.attend(i, q, k, v))  # (B, T, C)
 
     def heads(self, h, before, rotation):
-        for x, tap in zip((*before, h), self.taps):
-            h = torch.addcmul(h, x, tap)  # (B, T, C): h + x tap, in one pass over memory
-        qk, v = self.qkv(h).unflatten(-1, (3, self.n_head, -1)).split([2, 1], 2)  # (B, T, 2, nh, hs), (B, T, 1, nh, hs)
+        mixed = h
+        for x, tap in zip([*before, h], self.taps, strict=True):
+            mixed = torch.addcmul(mixed, x, tap)  # (B, T, C): mixed + x tap, in one pass over memory
+        qk, v = self.qkv(mixed).unflatten(-1, (3, self.n_head, -1)).split([2, 1], 2)  # (B, T, 2, nh, hs), (B, T, 1, nh, hs)
         return *rotate(qk, rotation).unbind(2), v.squeeze(2)
 
     def output(self, x, y):
@@ -204,9 +205,10 @@ class Cache:
         self.tail[:, :B] = torch.where(rows[:, None, None], self.prompt_tail[:, :B], self.tail[:, :B])  # (nl, B, 3, C)
 
     def keep(self, stays):
-        """Use only the rows where `stays` [bool, ...] is True: from the end they change places with those that leave.
+        """Go on with the rows where `stays` [bool, ...] is True: each row that leaves from among the first changes places with one that
+        stays from behind them.
 
-        Returns the new order [old place, ...] of all.
+        Returns `order`: order[b] is the old place of what is in row b now, those that left included.
         """
         n, order = sum(stays), list(range(len(stays)))
         free, moving = [b for b in order[:n] if not stays[b]], [b for b in order[n:] if stays[b]]
@@ -221,18 +223,17 @@ class Cache:
         return order
 
     def reserve(self, T, n):
-        """Make room for T tokens more in every row, of which the first n (B,) are real, the rest is padding: no real token
-        sees it, since it stands behind them. Their positions (B, T).
+        """Make room for T more tokens in every row, and return their positions (B, T).
 
-        Once a turn, when several come at once, it waits for the device to learn how long the longest row is;
-        while tokens come one by one it counts along.
+        Only the first n[b] of row b are real; the padding stands behind them, where no real token sees it. With T > 1,
+        once a turn, this waits for the device to learn how long the longest row is. With T = 1 it adds one to that: a bound.
         """
         if T > 1:
             self.most, self.rows = int(self.n[: self.B].max()), self.B
         self.most, L = self.most + T, self.k.size(3)
         self.used = -(-self.most // 16) * 16  # a multiple of 16: few shapes
         if self.used > L:
-            grow = 0, 0, 0, max(self.used, L + L // 128 * 16) - L  # by an eighth at most: what MEM1 needs does not grow, so neither does this
+            grow = 0, 0, 0, max(self.used, L + L // 128 * 16) - L  # or by an eighth, if that is more: seldom copied, and at most an eighth is spare
             self.k, self.v = F.pad(self.k[:, : self.rows], grow), F.pad(self.v[:, : self.rows], grow)
             self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
         slots = self.n[: self.B, None] + torch.arange(T, device=self.n.device)  # (B, T)

@@ -71,7 +71,7 @@ def policy_loss(logp, old_logp, adv, clip=0.2):
 
 
 def value_loss(value, old_value, ret, clip=0.2):
-    """Squared error, the worse of the value and of its move from the old one clipped to +-clip, halved (M,).
+    """Half the squared error of the new value, or of the new value held within +-clip of the old one, whichever is larger (M,).
 
     (arXiv 2005.12729 sec. 3; the baselines' PPO2.)
     """

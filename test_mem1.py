@@ -12,6 +12,7 @@ import doctest
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -574,9 +575,9 @@ def test_a_chained_question_needs_the_answer_of_an_earlier_one(n):
 
 @pytest.mark.parametrize("kind", ["count", "compare"])
 def test_of_a_task_that_is_reduced_to_one_word_the_state_stays_constant(kind):
-    play_ = lambda n, seed, **kwargs: demonstrate(envs.ComposedQA(n, kinds=(kind,), seed=seed), mem1.mem1, **kwargs)
+    play_ = lambda n, seed, policy=mem1.mem1, **kwargs: demonstrate(envs.ComposedQA(n, kinds=(kind,), seed=seed), policy, **kwargs)
     for n in 1, 2, 16, 64:
-        assert all(play_(n, seed).env.em == n for seed in range(5))
+        assert all(play_(n, seed, policy).env.em == n for seed in range(5) for policy in (mem1.mem1, mem1.full, mem1.separate))
     size = lambda kind, n: max(len(turn.state) for turn in demonstrate(envs.ComposedQA(n, hops=(2, 2), kinds=(kind,), seed=0), mem1.mem1).turns)
     assert size(kind, 4) == size(kind, 64) and size("list", 64) > size("list", 4) + 60  # control
     assert sum(play_(8, seed, amnesic=True).env.em > 0 for seed in range(40)) < 20  # by luck only
@@ -599,6 +600,7 @@ def test_in_a_dialogue_what_was_last_said_of_a_question_counts(n):
             traj = demonstrate(envs.Dialogue(n, seed=seed), policy)
             assert (traj.env.em, traj.env.cause) == (n, "answered"), seed
             assert [ENC.decode(turn.info) for turn in traj.turns] == [ENC.decode(turn.info) for turn in demonstrate(envs.Dialogue(n, seed=seed), policy).turns]
+            assert max(len(turn.written) for turn in traj.turns) <= mem1.turn_cap(traj.env)  # nobody is cut off for what is right
         answer, said = ENC.decode(traj.turns[-1].action), "".join(traj.env.messages.values())
         at_first = {index: rest for index, *rest in envs.read_task(traj.env.prompt)[1]}
         for index, gold in traj.env.golds:
@@ -608,6 +610,14 @@ def test_in_a_dialogue_what_was_last_said_of_a_question_counts(n):
         deaf.messages = {}
         assert (demonstrate(deaf, mem1.mem1).env.em < n) == bool(said)
     assert n < 16 or min(fates[fate] for fate in ("withdrawn", "corrected", "late")) > 5, fates
+
+
+@pytest.mark.parametrize("hops", [(1, 3), (2, 5)])
+def test_no_demonstrator_is_cut_off_however_long_the_questions_are(hops):
+    for n, seed in itertools.product((2, 8, 16), range(12)):
+        for env in envs.Dialogue(n, hops, seed=seed), envs.ComposedQA(n, hops, seed=seed), envs.WebQA(n, hops, seed=[seed]):
+            traj = demonstrate(env, mem1.mem1)
+            assert traj.env.em == n and max(len(turn.written) for turn in traj.turns) <= mem1.turn_cap(env)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 40])
@@ -1091,7 +1101,7 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_results(finished):
 def test_a_sweep_trains_all_agents_from_all_seeds_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "POLICIES", {"mem1": mem1.mem1, "full": mem1.full})
     monkeypatch.setattr(evaluation, "FARTHEST", 4)
-    flags = ["--sweep", "1", "--out", str(tmp_path / "s"), "--assets", str(tmp_path / "assets"), "--nproc", "2", *TINY]
+    flags = ["--sweep", "1", "--out", str(tmp_path / "s"), "--assets", str(tmp_path / "assets"), "--nproc", "2", "--no-compile", *TINY]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     (tmp_path / "README.md").write_text("before\n<!-- table: em -->\n<!-- end -->\nafter\n")
     real = subprocess.Popen
@@ -1147,6 +1157,8 @@ def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(fin
     code, _, err = script("train.py", *flags)
     assert code == 0, err
     assert [row["stage"] for row in metrics(tmp_path / "again")] == ["ppo"] * 4
+    code, _, err = script("train.py", *TINY, "--start", finished[0], "--agents", "mem1", "--env", "shop", "--out", tmp_path / "shop")
+    assert code == 2 and "other words" in err and len(err.splitlines()) == 1
     assert results(tmp_path / "again")[0]["mem1-demos"] == results(finished[0])[0]["mem1-demos"]
     monkeypatch.setattr(sys, "argv", ["eval.py", "--json", "--compare", str(finished[0]), str(tmp_path / "again")])
     evaluation.main()
@@ -1159,6 +1171,38 @@ def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(fin
         file.writelines(json.dumps(row) + "\n" for row in rows * 4)  # 0 1 1 1, four times: 0.8 of ten that begin at the second
     evaluation.main()
     assert json.loads(capsys.readouterr().out)["stitched"]["to 0.8"] == [11.0]
+
+
+def test_the_runs_of_a_sweep_take_a_gpu_each_of_those_that_the_user_may_see(tmp_path, monkeypatch):
+    begun = []
+
+    class Process:
+        def __init__(self, command, env, **kwargs):
+            begun.append(env["CUDA_VISIBLE_DEVICES"])
+            self.returncode, self.left = 1, 3 + len(begun)
+
+        def poll(self):
+            self.left -= 1
+            return None if self.left else 1
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    cfg = train.Config(device="cuda", nproc=2, sweep=2, out=str(tmp_path), assets=str(tmp_path))
+    with pytest.raises(SystemExit, match="not finished: seed-0, seed-1, wide-0, wide-1"):
+        train.sweep(cfg, {})
+    assert begun == ["4", "5", "4", "5"]
+
+
+@pytest.mark.parametrize("reward", ["em", "step"])
+def test_the_critic_of_a_demonstrator_learns_what_is_still_to_be_earned(reward):
+    traj, cfg = demonstrate(envs.ComposedQA(4, seed=1), mem1.mem1), train.Config(reward=reward)
+    ends = torch.cat([torch.arange(len(turn.written)) == len(turn.written) - 1 for turn in traj.turns])  # (M,)
+    zeros, last = torch.zeros(len(ends)), torch.arange(len(ends)) == len(ends) - 1
+    rewards = ppo.token_rewards(torch.tensor(traj.rewards(reward)), ends, zeros, zeros, 0.0)
+    assert train.returns(traj, cfg) == pytest.approx(ppo.gae(rewards, zeros, last)[1].numpy(), abs=1e-6)
+    assert (len({*train.returns(traj, cfg)}) > 2) == (reward == "step")  # control
 
 
 def test_what_stops_a_run_for_a_while_does_not_count_in_its_minutes():
@@ -1524,7 +1568,8 @@ def test_a_compiled_run_is_the_same_but_for_rounding(finished, tmp_path):
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
     (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
     (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "no other kinds"), (["--env", "shop", "--kinds", "chain"], "no other kinds"), (["--sweep", "-1"], "--sweep -1"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
-    (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"), (["--out", "/proc/run"], "/proc/run")])
+    (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"),
+    (["--ppo-minibatches", "65"], "--ppo-minibatches"), (["--kinds", "list", "count", "--hops", "1", "1", "--objectives", "1", "80"], "expected 1 to 79"), (["--out", "/proc/run"], "/proc/run")])
 def test_bad_input_gets_one_line_and_a_non_zero_exit(flags, words, monkeypatch, capsys):
     if flags[:2] == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")

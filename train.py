@@ -11,7 +11,7 @@
 Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights can not, hence the first:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation of a forgetful demonstrator on few objectives: the format, and how to search
-    ppo      reward alone: what to remember
+    ppo      reward: what to remember
 (With `--reward judge` a stage before ppo: a judge learns from noisy preferences between two episodes; it is what pays then.)
 The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy differs
 (`--agents` trains others: window, notes, amnesic, separate; all start from the same primer).
@@ -171,21 +171,21 @@ def exercise(cfg, step, i, longest):
     return Trajectory(None, ENC.encode_ordinary(text), [branch])
 
 
-def demonstration(cfg, agent, step, i, longest):
+def demonstration(cfg, agent, step, i, longest, most_turns):
     """One episode of the demonstrator, its turn budget too small in some, more than enough in others.
 
     So that it is seen what to do when the turns run out, and every number of turns that an agent may
-    be told on a long horizon. Positions are a random increasing subset of 0..L-1, L drawn between the
+    be told on a long horizon, up to `most_turns`. Positions are a random increasing subset of 0..L-1, L drawn between the
     episode's own depth (positions as when acting) and `longest`: spread so thin, a short training
     episode has seen the distances of long ones ("randomised positions", arXiv 2305.16843).
     """
     draw = rng(cfg.seed, DEMOS, step, i, 2)
     env = world(cfg, cfg.seed, DEMOS, step, i)
-    enough, most_ever, kind = env.max_turns, cfg.hops[1] * max(cfg.eval_objectives) + 2, draw.random()
+    enough, kind = env.max_turns, draw.random()
     if kind < cfg.hurry:
         env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(2, enough)))
     elif kind < 2 * cfg.hurry:
-        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(enough, max(enough, most_ever) + 1)))
+        env = world(cfg, cfg.seed, DEMOS, step, i, max_turns=int(draw.integers(enough, max(enough, most_turns) + 1)))
     traj = demonstrate(env, POLICIES[agent], amnesic=draw.random() < cfg.forget)
     depth = len(traj.task) + max(len(branch.ids) for branch in traj.branches)
     traj.positions = np.sort(draw.choice(draw.integers(depth, max(longest, depth) + 1), depth, replace=False))
@@ -219,14 +219,14 @@ def distribute(model, cfg, world_size):
 
 
 def total(tensor):
-    """Sum over all processes."""
+    """Sum over all processes, each of which must call this. In place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def most(tensor):
-    """Maximum over all processes."""
+    """Maximum over all processes, each of which must call this. In place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
@@ -269,7 +269,7 @@ def schedule(step, steps, warmup):
 # One step of each kind. Returns what to log
 
 
-def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
+def imitate(cfg, learner, optimiser, agent, step, rank, world_size, farthest):
     """Maximum likelihood of exercises (agent None) or of demonstrations with some exercises beside them."""
     exercises = cfg.demos_primer if agent else cfg.primer_batch
     ramp = 1.0 if agent else min(1.0, step / (0.6 * cfg.primer_steps))
@@ -277,14 +277,13 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
     key = step + (cfg.primer_steps if agent else 0)  # the exercises go on, they do not start again
     trajs = [exercise(cfg, key, i, length) for i in range(rank, exercises, world_size)]
     if agent:
-        trajs += [demonstration(cfg, agent, step, i, longest) for i in range(rank, cfg.demos_batch, world_size)]
+        trajs += [demonstration(cfg, agent, step, i, *farthest) for i in range(rank, cfg.demos_batch, world_size)]
     packs = pack(trajs, cfg.pack_tokens)
     n = count(packs, cfg)
     # The critic learns from the demonstrator's returns, so that PPO starts with one (value pretraining, arXiv
     # 2503.01491). Exercises earn nothing; weight 0 rather than none, since DDP waits for the value head's gradient.
-    earned = torch.tensor([[sum(traj.rewards(cfg.reward)), cfg.value_coef] if traj.env else [0.0, 0.0] for traj in trajs], device=cfg.device)  # (E, 2)
-    lengths = torch.tensor([traj.n_trained for traj in trajs], device=cfg.device)  # (E,)
-    ret, weight = earned.repeat_interleave(lengths, 0).unbind(-1)  # each (M,)
+    ret = torch.tensor(np.concatenate([returns(traj, cfg) for traj in trajs], dtype=np.float32), device=cfg.device)  # (M,)
+    weight = torch.tensor([cfg.value_coef * bool(traj.env) for traj in trajs for _ in range(traj.n_trained)], device=cfg.device)  # (M,)
     summed = torch.zeros(1, device=cfg.device)
 
     def losses(batch, logp, value, entropy):
@@ -293,6 +292,14 @@ def imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest):
 
     norm = optimise(learner, optimiser, cfg, [(p, losses) for p in packs])
     return dict(loss=(total(summed) / n).item(), norm=norm, skipped=int(not np.isfinite(norm)), tokens=int(n))
+
+
+def returns(traj, cfg):
+    """What is still to be earned in an episode, at each token that the agent wrote (M,), not discounted; none in an exercise."""
+    if not traj.env:
+        return np.zeros(traj.n_trained)
+    to_go = np.cumsum(traj.rewards(cfg.reward)[::-1])[::-1]  # (J,)
+    return np.repeat(to_go, [len(turn.written) for turn in traj.turns])
 
 
 def scores(judge, trajs, cfg):
@@ -316,8 +323,8 @@ def judged(traj):
 def prefer(cfg, learner, optimiser, actor, policy, step, rank, world_size):
     """One step of the judge: which of two episodes of a task is better? (Bradley-Terry, as in arXiv 2203.02155.)
 
-    Whoever is asked prefers the one with more right answers, not always: with probability sigmoid(4 (difference
-    of the shares)). -log sigmoid(s_better - s_worse) has the gradient -+ sigmoid(s_worse - s_better) in the two scores.
+    Whoever is asked prefers the first with probability sigmoid(4 (its share of right answers - that of the second)). The loss
+    -log sigmoid(s_better - s_worse) has the gradient -sigmoid(s_worse - s_better) in s_better, and its opposite in s_worse: `push`.
     """
     pairs = range(rank, cfg.judge_batch // 2, world_size)
     worlds = [world(cfg, cfg.seed, JUDGE, step, i) for i in pairs for _ in range(2)]
@@ -402,13 +409,13 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             reading = pack(exercises, cfg.pack_tokens) if cfg.ppo_primer else []
             n, n_reading = count(packs, cfg), count(reading, cfg)
             norms.append(optimise(learner, optimiser, cfg, [(p, losses) for p in packs] + [(p, read) for p in reading]))
-    n, entropy, kl, clip = total(sums).tolist()
+    seen, entropy, kl, clip = total(sums).tolist()  # tokens, over all epochs
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
     means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
-    return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / n, clip=clip / n,
-                ent=entropy / n, ev=ppo.explained_variance(old_value, ret, total), gap=most(gap).item(),
-                norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(n))
+    return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / seen, clip=clip / seen,
+                ent=entropy / seen, ev=ppo.explained_variance(old_value, ret, total), gap=most(gap).item(),
+                norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(seen))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -466,7 +473,7 @@ def lost(rank, world_size, cfg):
 
 
 def watch(store, rank, world_size, cfg, over):
-    """Beside the work: sign every second that this process lives, and see whether the next one does, in whatever it may be busy with."""
+    """In a thread, whatever the process is busy with: every second sign that it lives, and see that the next one has signed, too."""
     count, since, other = 0, time.monotonic(), (rank + 1) % world_size
     store.set_timeout(datetime.timedelta(seconds=cfg.timeout))
     while not over.is_set():
@@ -534,7 +541,7 @@ def train(rank, world_size, cfg, signals):
         model, reference, judge, optimiser = build(cfg, stage, agent, state)
         learner = distribute(model, cfg, world_size)
         lr, every = getattr(cfg, f"{stage}_lr"), cfg.eval_every * (1 if stage == "ppo" else 25)
-        longest = depth_needed(cfg, agent) if agent else None
+        farthest = farthest_needs(cfg, agent) if agent else None
 
         bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"{stage} {agent or ''}",
                    disable=True if rank else None, leave=False)
@@ -548,7 +555,7 @@ def train(rank, world_size, cfg, signals):
             elif stage == "judge":
                 row = prefer(cfg, learner, optimiser, reference, POLICIES[agent], step, rank, world_size)
             else:
-                row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, longest)
+                row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, farthest)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
             state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
             done = step + 1
@@ -618,7 +625,8 @@ def alone(out):
 
 
 def begin(cfg, stages, rank):
-    """The state of a run, new or from its last checkpoint; and on the disk what belongs to it and no more."""
+    """The state of a run, new or from its last checkpoint. The first process brings the directory in line with it: it writes
+    config.json, and takes out of metrics.jsonl what comes after the checkpoint."""
     out, state, told = Path(cfg.out), dict(stage=0, step=0, seconds=0.0, skipped=0, models={}, model=None, optimiser=None, best=None), []
     if cfg.resume:
         try:
@@ -707,11 +715,11 @@ def gpt_config(cfg):
     return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
 
 
-def depth_needed(cfg, agent):
-    """Tokens in the longest context at the farthest horizon to be tested: positions are trained up to there."""
+def farthest_needs(cfg, agent):
+    """Tokens in the longest context, and turns, at the farthest horizon to be tested: positions and counting are trained up to there."""
     n = max(cfg.eval_objectives)
     trajs = [demonstrate(world(cfg, cfg.seed, evaluation.VALID, 0, i, n), POLICIES[agent]) for i in range(4)]
-    return max(len(traj.task) + traj.peak for traj in trajs)
+    return max(len(traj.task) + traj.peak for traj in trajs), max(traj.env.max_turns for traj in trajs)
 
 
 def line(stage, agent, step, steps, row, seconds):
@@ -796,10 +804,13 @@ def sweep(cfg, given):
         while waiting and len(running) < cfg.nproc and not stopped:
             name = waiting.pop(0)
             fields = dict(jobs[name], out=out / name, nproc=1)
-            words = [word for field, value in fields.items() for word in (f"--{field.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
-            words += ["--resume"] * (out / name / "checkpoint.pt").is_file()
-            slot = min({*range(cfg.nproc)} - {slot for _, slot in running.values()})
-            gpu = {"CUDA_VISIBLE_DEVICES": str(slot % torch.cuda.device_count())} if cfg.device == "cuda" else {}
+            words = ["--resume"] * any((out / name / checkpoint).is_file() for checkpoint in evaluation.CHECKPOINTS)
+            for field, value in fields.items():
+                flag = field.replace("_", "-")
+                words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *(value if isinstance(value, list) else [value])]
+            slot = min({*range(cfg.nproc)} - {slot for slot, _ in running.values()})
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            gpu = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % torch.cuda.device_count()]} if cfg.device == "cuda" else {}
             out.mkdir(parents=True, exist_ok=True)
             print(f"{time.strftime('%H:%M')} {name} begins; its log is {out / name}.log", flush=True)
             with open(out / f"{name}.log", "a") as log:
@@ -858,6 +869,8 @@ def parse_arguments():
         else:
             parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    if given.get("dtype") == "auto":
+        del given["dtype"]  # what is meant by it follows from the device
     given.setdefault("preset", "gpu" if torch.cuda.is_available() else "cpu")
     preset = PRESETS[given["preset"]]
     out = Path(given.get("out", preset.get("out", Config.out)))
@@ -955,6 +968,8 @@ def check(cfg, error):
         error(f"--hops {cfg.hops}: expected at most {len(envs.COLONS)}")
     if not cfg.facts and (cfg.hops[1] + cfg.distractors > len(envs.RELATIONS) or cfg.distractors < 0):
         error(f"--hops {cfg.hops} --distractors {cfg.distractors}: the world has {len(envs.RELATIONS)} relations in all")
+    if cfg.ppo_minibatches > cfg.ppo_batch:
+        error(f"--ppo-minibatches {cfg.ppo_minibatches}: expected at most the {cfg.ppo_batch} episodes of --ppo-batch")
     farthest = envs.farthest(cfg)
     for name in "objectives", "eval_objectives":
         if not getattr(cfg, name) or not all(1 <= n <= farthest for n in getattr(cfg, name)):
@@ -982,6 +997,8 @@ def check_run(cfg, error):
         for agent in cfg.agents:
             if f"{agent}-demos" not in models:
                 error(f"--start {cfg.start}: this run has not imitated the {agent} agent yet; expected one that has, or other --agents")
+        if envs.words_of(cfg) != envs.words_of(world):
+            error(f"--start {cfg.start}: its world has other words than this one; give the same --env, --kinds and --facts")
         for name in "n_layer", "n_head", "n_embd":
             if getattr(cfg, name) != getattr(world, name):
                 error(f"--start {cfg.start}: its --{name.replace('_', '-')} is {getattr(world, name)}, here it is {getattr(cfg, name)}; give the same")
