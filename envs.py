@@ -21,7 +21,8 @@ Differs from the paper's environment (sec. 4.1):
 1) a private random knowledge base of `subject relation object` facts instead of Wikipedia, and
    BM25 over it instead of a dense retriever;
 2) questions carry an index, and the answer lists `#index answer` pairs instead of `a; b; ...`;
-3) the turn budget follows from the number of hops (longest chain x N + 2) instead of 6 or 20.
+3) the turn budget follows from the task (longest chain x N + 2, more where searches fail or users change their
+   minds) instead of 6 or 20.
 """
 import collections
 import functools
@@ -63,6 +64,7 @@ class World:
     golds    [(index, answer), ...], what would be right
     width    tokens that an objective has at most in a state, beside its index and a colon: those of a name, as a rule
     paths    {index: facts that lead to the answer}, where there are such
+    best     the most that `em` can be
 
     After the last step: `em`, `f1` and `partial` are sums over objectives (0..N), `cause` says what ended it, and
     `gains` what each turn earned by itself, if such things are paid for (REWARDS).
@@ -70,7 +72,8 @@ class World:
 
     def __init__(self, n_objectives, max_turns):
         self.n_objectives, self.max_turns, self.width = n_objectives, max_turns, 1
-        self.turn, self.done, self.cause, self.em, self.f1, self.partial, self.gains, self.paths = 0, False, None, 0, 0.0, 0, [], {}
+        self.best, self.paths, self.gains = n_objectives, {}, []
+        self.turn, self.done, self.cause, self.em, self.f1, self.partial = 0, False, None, 0, 0.0, 0
 
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string at all. Returns the observation.
@@ -97,7 +100,7 @@ class ComposedQA(World):
     hops          (fewest, most) relations in a question
     distractors   facts on the same subject that are not asked for
     top_k         facts that a search returns at most
-    seed          anything that numpy's SeedSequence takes; the same seed gives the same episode
+    seed          a number or a list of numbers; the same seed gives the same episode
     max_turns     turn budget, answer included; None: longest chain x N + 2
     kinds         of tasks, one drawn for each episode:
                       list     independent questions, all answers are due at the end
@@ -133,12 +136,16 @@ class ComposedQA(World):
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
         self.needed, self.shown = {fact for path in self.paths.values() for fact in path}, set()
         self.prompt = " " + " ".join([*head, *self.questions, STOP])
-        self.tally = functools.reduce(lambda tally, gold: fold(head, tally, *gold), self.golds, start_of(head))
+        self.tally = start_of(head)  # what is right, in a task whose answers are reduced to one word
+        for gold in self.golds:
+            self.tally = fold(head, self.tally, *gold)
+        self.in_order = facts is None and not self.tally  # the answers alone say which question is at hand
 
     def act(self, text):
         """A search."""
         found, before = self.search(text), len(self.shown)
-        self.shown |= {fact for fact in self.needed if any(fact in page for page in found)}
+        pages = " " + " ".join(words(" ".join(found))) + " "
+        self.shown |= {fact for fact in self.needed if f" {fact.lower()} " in pages}
         self.gains[-1] = 0.5 * (len(self.shown) - before) / len(self.needed)
         return ", ".join(found) or "nothing found"
 
@@ -153,7 +160,7 @@ class ComposedQA(World):
 
     def expert(self, seen, amnesic=False, style="whole"):
         """What the demonstrator would write: it sees what the agent sees, no more."""
-        return demonstrator(self.prompt, seen, amnesic, style)
+        return demonstrator(self.prompt, seen, amnesic, "whole" if style == "apart" and not self.in_order else style)
 
 
 def invent(indices, hops, distractors, kind, rng, pool=NAMES):
@@ -233,7 +240,8 @@ class Search:
         for word in words(query)[:64]:  # of an over-long query the beginning counts
             for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
-        best = sorted(scores, key=lambda page: (-scores[page], page))[:top_k]
+        exact = lambda page: self.texts[page].lower().startswith(f"{query.strip().lower()} ")  # of equals first
+        best = sorted(scores, key=lambda page: (-scores[page], not exact(page), page))[:top_k]
         return [self.texts[page] for page in sorted(best)]
 
 
@@ -255,8 +263,10 @@ class Facts:
         self.subjects = sorted(self.known)
 
     def draw(self, n, hops, rng):
-        """n questions on different subjects, as far as there are so many: [(subject, relations, the facts that lead to the answer), ...]."""
-        subjects = itertools.chain(map(str, rng.permutation(self.subjects)), iter(lambda: str(rng.choice(self.subjects)), None))
+        """n questions on different subjects, as far as there are so many: [(subject, relations, the facts that lead to the answer), ...].
+        Of as many hops as the facts allow, if that is less than what was drawn."""
+        any_of = lambda pool: pool[rng.integers(len(pool))]
+        subjects = itertools.chain((self.subjects[i] for i in rng.permutation(len(self.subjects))), iter(lambda: any_of(self.subjects), None))
         questions = []
         while len(questions) < n:
             start = subject = next(subjects)
@@ -264,7 +274,7 @@ class Facts:
             for _ in range(rng.integers(hops[0], hops[1] + 1)):
                 onward = [r for r in self.known.get(subject, {}) if r not in relations]
                 if onward:
-                    relations.append(str(rng.choice(onward)))
+                    relations.append(any_of(onward))
                     subject = self.known[subject][relations[-1]]
             questions.append(self.follow(start, relations))
         return questions
@@ -300,30 +310,33 @@ def name_of(text):
     >>> name_of(" São Tomé & Príncipe "), name_of("东京"), name_of("?")
     ('São_Tomé_Príncipe', '东京', '')
     """
-    return "_".join(re.findall(WORD, unicodedata.normalize("NFC", str(text)).replace("_", " ")))
+    name = "_".join(re.findall(WORD, unicodedata.normalize("NFC", str(text)).replace("_", " ")))
+    return "User" if name == "user" else name  # `user` begins what is said in a Dialogue; search and scores know no case
 
 
 @functools.cache
 def read_facts(path, skip_bad=False):
     """Facts of a file: a line a fact, `subject TAB relation TAB object`, or in a .jsonl file {"subject": ..., "relation": ..., "object": ...}.
 
-    Empty lines and lines that begin with # are passed over. A fact that stands there twice counts once. What has several
-    objects can be found, but is not asked for. A bad line is a ValueError with its number, or skipped if skip_bad.
-    Returns (Facts, [what to tell the user, ...]).
+    Empty lines and lines that begin with # are passed over. A name is spelled as where it stands first. A fact that stands
+    there twice counts once. What has several objects can be found, but is not asked for. A bad line is a ValueError with its
+    number, or skipped if skip_bad. Returns (Facts, [what to tell the user, ...]).
     """
-    triples, told, bad = {}, [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+    triples, spelled_as, told, bad = {}, {}, [], []
+    text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         if not line.strip() or line.startswith("#"):
             continue
         try:
             parts = [json.loads(line)[key] for key in ("subject", "relation", "object")] if str(path).endswith(".jsonl") else line.split("\t")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             parts = []
-        triple = tuple(name_of(part) for part in parts if isinstance(part, (str, int, float)))
-        if len(triple) != 3 or not all(triple):
-            bad.append(f"line {number} is {line[:60]!r}, expected subject, relation and object")
+        names = [name_of(part) for part in parts if type(part) in (str, int)]
+        if len(names) != 3 or not all(names) or re.search("[\ud800-\udfff\ufffd]", "".join(names)):
+            bad.append(f"line {number} is {line[:60]!r}, expected subject, relation and object, in UTF-8")
             continue
-        triples.setdefault(tuple(part.casefold() for part in triple), triple)  # search and scores know no case
+        names = [spelled_as.setdefault(name.casefold(), name) for name in names]  # search and scores know no case
+        triples.setdefault(tuple(names), names)
     if bad and not skip_bad:
         raise ValueError(f"{path}: {bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}; mend it, or give --skip-bad-facts")
     facts = Facts(list(triples.values()))
@@ -339,10 +352,10 @@ def make(world, n_objectives, seed, max_turns=None):
     """The environment of an episode in the `world` of a configuration: all that a world is to the rest of the project."""
     if world.env == "shop":
         return Shop(n_objectives, seed, max_turns)
-    settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns, world.kinds
+    settings = n_objectives, tuple(world.hops), world.distractors, world.top_k, seed, max_turns
     if world.env != "qa":
         return {"web": WebQA, "dialogue": Dialogue}[world.env](*settings)
-    return ComposedQA(*settings, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None, names=world.names)
+    return ComposedQA(*settings, world.kinds, read_facts(world.facts, world.skip_bad_facts)[0] if world.facts else None, names=world.names)
 
 
 def words_of(world):
@@ -383,8 +396,8 @@ class WebQA(ComposedQA):
     One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",)):
-        super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or 2 * hops[1] * n_objectives + 2, kinds, corpus())
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None):
+        super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or 2 * hops[1] * (n_objectives + 1) + 2, facts=corpus())
         self.luck, self.tried = np.random.default_rng([*np.ravel(seed), 1]), set()
 
     def search(self, query):
@@ -411,15 +424,17 @@ class Dialogue(ComposedQA):
     The state keeps in mind what was said, in the same words, until it is dealt with.
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None, kinds=("list",)):
+    def __init__(self, n_objectives=2, hops=(1, 2), distractors=2, top_k=3, seed=0, max_turns=None):
         super().__init__(n_objectives, hops, distractors, top_k, seed, max_turns or (hops[1] + 1) * n_objectives + 2, ["chain"])
+        self.in_order = False
         self.width = 2 + hops[1]  # `user`, name and relations: what is still to be asked is kept in mind as it was said
         rng = np.random.default_rng([*np.ravel(seed), 1])
         _, questions = read_task(self.prompt)
-        about, at_first, messages, sure = {subject for _, subject, *_ in questions}, [], [], 0
+        taken_up, at_first, messages = {subject for _, subject, *_ in questions}, [], []
+        sure = 0  # questions that stay as they are: so many turns there are in any case
         for i, (index, subject, relations, _) in enumerate(questions):
             others = [fact.split()[1] for fact in self.facts if fact.split()[0] == subject and fact.split()[1] != relations[0]]
-            fates = ["stays"] if i == 0 or index in about else ["stays", "late"] if subject.startswith("#") else ["stays", "late", "corrected", "withdrawn"]
+            fates = ["stays"] if i == 0 or index in taken_up else ["stays", "late"] if subject.startswith("#") else ["stays", "late", "corrected", "withdrawn"]
             fate = str(rng.choice(fates))
             if fate == "withdrawn":
                 messages.append(said(index, "", []))
@@ -469,6 +484,7 @@ class Shop(World):
     """
 
     def __init__(self, n_objectives=2, seed=0, max_turns=None):
+        assert n_objectives + n_objectives // 2 <= len(INDICES), f"n_objectives is {n_objectives}, expected at most {len(INDICES) * 2 // 3}"
         rng = np.random.default_rng(seed)
         pick = lambda words, n: [str(word) for word in rng.choice(words, n, replace=False)]
         super().__init__(n_objectives, max_turns or 2 * n_objectives + 6)
@@ -483,7 +499,8 @@ class Shop(World):
             self.products[index] = self.type, pick([*self.traits, *more[0]], 3), pick([self.color, *more[1]], 3), int(rng.integers(self.limit + 1))
         self.shelf = pick([*self.products], len(self.products))
         self.results, self.open, self.chosen = [], None, None
-        self.golds = [(max(self.products, key=lambda index: self.worth(index, self.color)), "")]
+        best = max(self.products, key=lambda index: self.worth(index, self.color))
+        self.golds, self.best = [(best, "")], n_objectives * self.worth(best, self.color)
 
     def worth(self, index, color):
         """The reward for buying this product in this color, 0..1."""
@@ -513,28 +530,31 @@ class Shop(World):
         return 3 * (self.n_objectives * self.worth(self.open, self.chosen) if self.open and words(text) == ["buy"] else 0.0,)
 
     def expert(self, seen, amnesic=False, style="whole"):
-        """The demonstrator: looks at all that can be afforded, and remembers the best. Its state:
+        """The demonstrator: looks at all of the right type, and remembers the best. Its state:
 
             what the product just seen has of what is wanted ; the best one so far, the same : on this page still to be looked at, next or end
-            #12 warm red                                     ; #9 warm                     : #17 #3 next
+            #12 warm red under                               ; #9 warm                     : #17 #3 next
         """
         kind, wanted, color, limit = re.match(r" want (\w+) ([\w ]+) in (\w+) under #(\d+)", self.prompt).groups()
         wanted = [*wanted.split(), color]
         state, query, info = ([("", "", "")] + re.findall(r"([^<>]*)<query>([^<]*)<end><info>([^<]*)", seen))[-1]
         best, todo = (part.split() for part in (re.findall(r"; ?([^;:]*) ?: ?(.*)", state) + [("", "")])[0])
         best, look, left = [] if amnesic else best, [], int((re.findall(r"left=(\d+)", info) + ["99"])[0])
-        product = re.search(r"(#\d+) (\w+) ([\w ]+) in ([\w ]+) #\d+", info)
+        product = re.search(r"(#\d+) (\w+) ([\w ]+) in ([\w ]+) #(\d+)", info)
         if product:
-            look = [product[1], *(word for word in wanted if word in product[3].split() + product[4].split())]
+            has = product[3].split() + product[4].split() + ["under"] * (int(product[5]) <= int(limit))
+            look = [product[1], *(word for word in [*wanted, "under"] if word in has)]
             best = look if product[2] == kind and len(look) > len(best) else best
         elif re.search(r"(next|end)$", info):
-            todo = [index for index, its_kind, price in re.findall(r"(#\d+) (\w+) #(\d+)", info) if its_kind == kind and int(price) <= int(limit)]
+            todo = [index for index, its_kind in re.findall(r"(#\d+) (\w+) #\d+", info) if its_kind == kind]
             todo += info.split()[-1:]
-        if len(best) > len(wanted) or left <= 3:  # nothing can be better, or it is time to go back to the best
+        if len(best) > len(wanted) + 1 or left <= 3:  # nothing can be better, or it is time to go back to the best
             todo = ["end"]
-        is_open = best[:1] == look[:1] or "chosen" in info
+        chosen = "chosen" in info
+        is_open = best[:1] == look[:1] or chosen
+        ready = not best or is_open and (chosen or color not in best)
         action = ("query", f"search {kind}")
-        if left == 1 or todo == ["end"] and (not best or is_open and (color not in best or "chosen" in info)):
+        if left == 1 or todo == ["end"] and ready:
             action, todo = ("answer", "buy"), ["end"]
         elif todo == ["end"]:
             action = ("query", f"click {color if is_open else best[0]}")
@@ -549,7 +569,7 @@ ENVS = ["qa", "web", "dialogue", "shop"]
 def farthest(world):
     """The longest horizon that there are indices, and in an invented world names, for."""
     if world.env == "shop":
-        return len(INDICES) * 2 // 3
+        return len(INDICES) * 2 // 3  # half as many products more, each with an index
     return len(INDICES) if world.facts else min(len(INDICES) - ("count" in world.kinds), world.names // world.hops[1])
 
 
@@ -587,8 +607,13 @@ def score(text, golds):
         common = sum(min(got.count(w), want.count(w)) for w in set(want))
         em += got == want
         f1 += 2 * common / (len(got) + len(want)) if want else not got  # a question withdrawn is not to be answered
-        partial += got == want or bool(got and want) and (" ".join(got) in " ".join(want) or " ".join(want) in " ".join(got))
+        partial += got == want or bool(got and want) and (within(got, want) or within(want, got))
     return em, f1, partial
+
+
+def within(some, all_words):
+    """Whether these words stand next to each other somewhere in those."""
+    return any(all_words[i : i + len(some)] == some for i in range(len(all_words)))
 
 
 REWARDS = {  # of an episode that is over: what its last turn earns. In "step" the turns before earn as well, see ComposedQA.gains
@@ -619,7 +644,8 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
              is): what is left for reinforcement to learn is to remember
     style    whole: the state holds all of the memory, the agent will see no other
              fresh: only what is new in it, for an agent whose context keeps older states
-             apart: thought, then memory, for an agent that keeps nothing but what stands behind the `;`
+             apart: thought, then memory, for an agent that keeps nothing but what stands behind the `;`. Which question is at
+             hand must then follow from the answers; in tasks where it does not, "whole" is for such an agent, too
 
     >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
     ('jelo pupil jero .', 'answer', '#64 jero')
@@ -637,7 +663,7 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     found = [" ".join(triple) for triple in triples if query and list(triple[:2]) == [subject, *relations[:1]]][:1]
     if found:
         subject, relations = found[0].split()[-1], relations[1:]
-    fresh, due, just_said = {}, "answer now" in info, read_seen(info)[1]
+    fresh, due, just_said = {}, "left=1 " in info, read_seen(info)[1]
     if then in just_said:
         then = [*(q[0] for q in still_open(questions, changes, then)), STOP][0]
     if then in changes:  # of the task itself nothing is left: now comes what the user said
@@ -653,7 +679,7 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     question, memory = [index, *asked(subject, relations), then], tally or entries(fresh if style == "fresh" else answers)
     ahead = {i for i, *_ in itertools.dropwhile(lambda question: question[0] != then, questions)}
     news = " ".join(said(i, *change) for i, change in changes.items() if i != index and (change[0] or i in ahead) and style != "fresh")
-    parts = [*question, LIST, memory, news] if style == "apart" and not head else [LIST, memory, *question, news]  # a tally does not say where one is
+    parts = [*question, LIST, memory, news] if style == "apart" else [LIST, memory, *question, news]
     query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
     return " ".join(filter(None, [*found, *parts])), "query", query
 
@@ -740,7 +766,7 @@ def primer(rng, longest, more=()):
     [(' append', False), (' ; #17 bize #24 : ropu deputy .', True), (' .', True)]
     """
     n, names = int(rng.integers(2, longest + 1)), [*NAMES, *more]
-    draw = lambda k, pool: [str(word) for word in rng.choice(pool, k, replace=False)]  # k different words
+    draw = lambda k, pool: [pool[i] for i in rng.choice(len(pool), k, replace=False)]  # k different words
     any_of = lambda pool: pool[rng.integers(len(pool))]
     keys, values = draw(n, INDICES), [any_of(names) for _ in range(n)]
     pairs = [f"{key} {value}" for key, value in zip(keys, values)]
@@ -768,5 +794,5 @@ def primer(rng, longest, more=()):
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         target = [part for i in rng.permutation(len(facts))[:8] for part in (([facts[i][0]], False), ([facts[i][1]], True))]
-    phrase = lambda words: " " + " ".join(words)
-    return phrase(text), [(phrase([skill]), False), *((phrase(words), learn) for words, learn in target), (phrase([STOP]), True)]
+    phrase = lambda some: " " + " ".join(some)
+    return phrase(text), [(phrase([skill]), False), *((phrase(some), learn) for some, learn in target), (phrase([STOP]), True)]

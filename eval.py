@@ -45,6 +45,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -154,12 +155,16 @@ def ask(model, policy, world, text):
     """Questions of the user's own, `name relation ...; name relation ...`, to an agent that was trained on a file of facts."""
     facts = envs.read_facts(world.facts, world.skip_bad_facts)[0]
     questions = [facts.parse(question) for question in text.split(";") if question.strip()]
+    if not 1 <= len(questions) <= len(envs.INDICES):
+        raise ValueError(f"{len(questions)} questions: expected 1 to {len(envs.INDICES)}, with a semicolon between two")
     hops = 1, max(len(relations) for _, relations in questions)
     (traj,) = rollout(model, [envs.ComposedQA(len(questions), hops, top_k=world.top_k, facts=facts, asked_for=questions)], policy)
     show(traj, policy, sys.stdout.isatty())
-    given = dict(re.findall(envs.ENTRY, ENC.decode(traj.turns[-1].action)))
+    answer = ENC.decode(traj.turns[-1].action) if traj.env.cause == "answered" else ""
+    given = dict(reversed(re.findall(rf"(#\d+)((?: {envs.WORD})+)", answer)))  # of an index that occurs twice the first counts
     for (index, gold), (subject, relations) in zip(traj.env.golds, questions):
-        print(f"{subject} {' '.join(relations)}: {given.get(index, 'no answer')}{'' if given.get(index) == gold else f' (wrong: {gold})'}")
+        wrong = "" if envs.score(answer, [(index, gold)])[0] else f" (wrong: {gold})"
+        print(f"{subject} {' '.join(relations)}:{given.get(index, ' no answer')}{wrong}")
 
 
 def slip(traj, policy):
@@ -176,29 +181,35 @@ def difference(written, right):
     def read(ids):
         kind, state, _, text = parse(ids)
         state = ENC.decode(state)
-        *_, (index, *question, then) = ("",) * 4, *re.findall(envs.OPEN, state)
-        return kind, dict(re.findall(envs.ENTRY, text if kind == "answer" else state)), index, (question, state.count(":")), then, text
+        opens = re.findall(envs.OPEN, state)
+        index, subject, relations, then = opens[-1] if opens else ("",) * 4
+        memory = text if kind == "answer" else state.partition(envs.LIST)[2]
+        return SimpleNamespace(kind=kind, text=text, index=index, question=(subject, relations, state.count(":")), then=then,
+                               entries=dict(re.findall(envs.ENTRY, memory)), words=sorted(envs.words(memory)))
 
-    (kind, has, index, question, then, text), (right_kind, should, right_index, right_question, right_then, right_text) = read(written), read(right)
-    if kind == "malformed":
+    mine, best = read(written), read(right)
+    if mine.kind == "malformed":
         return "malformed, or cut off"
-    if kind != right_kind:
-        return "stopped early" if kind == "answer" else "did not stop"
-    if kind == "query" and not index and right_index:
+    if mine.kind != best.kind:
+        return "stopped early" if mine.kind == "answer" else "did not stop"
+    if mine.kind == "query" and not mine.index and best.index:
         return "lost the question"
-    if right_index in has or index in should:  # an open question written as an answer, or an answer as an open question
+    if best.index in mine.entries or mine.index in best.entries:  # an open question written as an answer, or an answer as an open question
         return "wrong hop"
-    if should.keys() - has.keys():
+    if best.entries.keys() - mine.entries.keys():
         return "lost an entry"
-    if has.keys() - should.keys():
+    if mine.entries.keys() - best.entries.keys():
         return "made up an entry"
-    if has != should:
+    if mine.entries != best.entries:
         return "changed an entry"
-    if index != right_index:
+    if mine.index != best.index:
         return "took up another question"
-    if question != right_question or kind == "query" and text != right_text:
+    if mine.question != best.question or mine.kind == "query" and mine.text != best.text:
         return "wrong hop"
-    return "wrong next question" if then != right_then else None
+    if mine.then != best.then:
+        return "wrong next question"
+    if mine.words != best.words:  # a tally, what a user said, the best product so far
+        return "wrong answer" if mine.kind == "answer" else "remembers something else"
 
 
 def failures(models, world, methods, n, episodes, say, device="cpu"):
@@ -207,15 +218,15 @@ def failures(models, world, methods, n, episodes, say, device="cpu"):
     for name, (model, policy) in methods.items():
         causes = results.setdefault(name, {})
         for traj in play(load(models[model], device), policy, world, n, episodes, TEST):
-            if traj.env.em < n:
+            if traj.env.em < traj.env.best:
                 cause, turn, wrote, right = slip(traj, policy) or ("not in context any more", len(traj.turns), "", "")
                 row = causes.setdefault(cause, dict(episodes=0, lost=0, turn=0, example=f"turn {turn}: {wrote}\n      right was: {right}"))
-                row["episodes"], row["lost"], row["turn"] = row["episodes"] + 1, row["lost"] + n - traj.env.em, row["turn"] + turn
+                row["episodes"], row["lost"], row["turn"] = row["episodes"] + 1, row["lost"] + traj.env.best - traj.env.em, row["turn"] + turn
         say(f"{name}, {n} objectives: {sum(row['episodes'] for row in causes.values())} of {episodes} episodes lost objectives; their first slip:")
         results[name] = dict(sorted(causes.items(), key=lambda item: -item[1]["lost"]))
         for cause, row in results[name].items():
             row["turn"] /= row["episodes"]
-            say(f"  {cause}: {row['episodes']} episodes, {row['lost']} objectives lost, at turn {row['turn']:.0f} on average; for example\n    {row['example']}")
+            say(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at turn {row['turn']:.0f} on average; for example\n    {row['example']}")
     return results
 
 
@@ -238,7 +249,8 @@ def memory(models, world, methods, n, episodes, say, device="cpu"):
                 right = turn.written == expert(traj.env, policy, traj.turns[:t])
                 if kind == "query":
                     by_turn.setdefault(t + 1, []).append((len(found), len(found & held), right, len(turn.state)))
-                shown = re.findall(rf"{re.escape(asked.strip())} {envs.WORD}", ENC.decode(turn.info))
+                asked = re.escape(asked.strip().removeprefix("page "))
+                shown = re.findall(rf"{asked}(?: {envs.WORD}){{{max(0, 2 - asked.count(' '))}}}", ENC.decode(turn.info))
                 found |= {(index, path[-1].split()[-1]) for index, path in traj.env.paths.items() if path[-1] in shown}
         rows = results.setdefault(name, {})
         for t, cells in sorted(by_turn.items()):
@@ -1051,7 +1063,10 @@ def main():
     world, models = load_run(args.run) if args.run else (None, {"mem1": None})
     if world and (args.env or args.kinds):
         import train
+        if args.env not in (None, world.env):  # what belonged to the world before
+            world.facts, world.names, world.kinds = "", len(envs.NAMES), ["list"]
         world.env, world.kinds = args.env or world.env, args.kinds or world.kinds
+        world.eval_objectives = args.objectives or [n for n in world.eval_objectives if n <= envs.farthest(world)]
         train.check(world, parser.error)
     most = envs.farthest(world) if world else len(envs.INDICES)
     if args.objectives and max(args.objectives) > most:
@@ -1066,10 +1081,12 @@ def main():
     if args.layouts:
         model = load(models["mem1"], args.device) if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
+    elif args.memory and (world.env == "shop" or {"count", "compare"} & {*world.kinds}):
+        parser.error("--memory counts the answers that a state holds; in this world it holds none; give --kinds list, or --env")
     elif args.failures or args.memory:
         n = args.objectives[0] if args.objectives else 16
         results = (failures if args.failures else memory)(models, world, chosen, n, args.episodes or 64, say, args.device)
-    elif args.ask:
+    elif args.ask is not None:
         if not world.facts:
             parser.error(f"--ask: {args.run} knows an invented world only, other facts in each episode; train with --facts FILE")
         (model, policy), *_ = chosen.values()
