@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -384,9 +385,9 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
     # Learn.
     sums, gap, norms = torch.zeros(4, **like), torch.zeros(1, **like), []
 
-    def losses(batch, logp, value, entropy):
+    def losses(batch, logp, value, entropy, n, first):
         old, v, i = old_logp[batch.index], old_value[batch.index], batch.index  # each (M',)
-        if epoch == k == 0:  # nothing is updated yet: the learner must say what the sampler said
+        if first:  # nothing is updated yet: the learner must say what the sampler said
             gap.copy_(torch.cat([gap, (logp.detach() - acted[i]).abs()]).max())
         with torch.no_grad():
             sums.add_(torch.stack([torch.tensor(float(len(i)), **like), entropy.sum(),
@@ -394,8 +395,8 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
         loss = ppo.policy_loss(logp, old, adv[i], cfg.clip) + cfg.value_coef * ppo.value_loss(value, v, ret[i], cfg.clip)
         return loss.sum() / n
 
-    def read(batch, logp, value, entropy):  # a little of the primer, or reading skills erode
-        return (0.0 * value.sum() - cfg.primer_coef * logp.sum()) / n_reading
+    def read(batch, logp, value, entropy, n):  # a little of the primer, or reading skills erode
+        return (0.0 * value.sum() - cfg.primer_coef * logp.sum()) / n
 
     for epoch in range(cfg.ppo_epochs):
         order = rng(cfg.seed, PPO, step, epoch, 3).permutation(cfg.ppo_batch)  # of all processes
@@ -407,8 +408,8 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             key = cfg.primer_steps + cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
             exercises = [exercise(cfg, key, i, cfg.primer_longest) for i in range(rank, cfg.ppo_primer, world_size)]
             reading = pack(exercises, cfg.pack_tokens) if cfg.ppo_primer else []
-            n, n_reading = count(packs, cfg), count(reading, cfg)
-            norms.append(optimise(learner, optimiser, cfg, [(p, losses) for p in packs] + [(p, read) for p in reading]))
+            learn, keep_reading = partial(losses, n=count(packs, cfg), first=epoch == k == 0), partial(read, n=count(reading, cfg))
+            norms.append(optimise(learner, optimiser, cfg, [(p, learn) for p in packs] + [(p, keep_reading) for p in reading]))
     seen, entropy, kl, clip = total(sums).tolist()  # tokens, over all epochs
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
