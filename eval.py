@@ -1010,7 +1010,8 @@ def numbers(text):
     return values
 
 
-def main():
+def parse_arguments():
+    """The command line, and the parser, to say what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (python eval.py --help lists the flags)\n")
     parser.add_argument("run", nargs="?", help="directory of a run, e.g. runs/cpu")
@@ -1042,6 +1043,11 @@ def main():
         parser.error("--assets goes with --table")
     if args.peers and not args.bench:
         parser.error("--peers goes with --bench")
+    return args, parser
+
+
+def main():
+    args, parser = parse_arguments()
     torch.set_num_threads(args.threads)
     say = (lambda line: None) if args.json else tqdm.write
     if args.bench:
