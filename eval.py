@@ -352,7 +352,7 @@ def compare(paths, say):
     say(" " * 10 + "".join(f" | {name + ', ' + str(len(group['kl'])) + ' runs':26s}" for name, group in groups.items()))
     for name in next(iter(groups.values())):
         columns = [group.get(name, [float("nan")]) for group in groups.values()]
-        say(f"{name:10s}" + "".join(f" | {np.mean(x):7.2g} ({min(x):7.2g} to {max(x):7.2g})" for x in columns))
+        say(f"{name:10s}" + "".join(f" | {np.mean(x):7.3g} ({min(x):7.3g} to {max(x):7.3g})" for x in columns))
     return {key: {name: [x if math.isfinite(x) else None for x in values] for name, values in group.items()} for key, group in groups.items()}
 
 
