@@ -62,7 +62,7 @@ class World:
 
     prompt   the task as text
     golds    [(index, answer), ...], what would be right
-    width    tokens that an objective has at most in a state, beside its index and a colon: those of a name, as a rule
+    width    tokens that a state has at most for an objective, beside its index and a colon: as a rule those of a name
     paths    {index: facts that lead to the answer}, where there are such
     best     the most that `em` can be
 
@@ -240,7 +240,7 @@ class Search:
         for word in words(query)[:64]:  # of an over-long query the beginning counts
             for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
-        exact = lambda page: self.texts[page].lower().startswith(f"{query.strip().lower()} ")  # of equals first
+        exact = lambda page: self.texts[page].lower().startswith(f"{query.strip().lower()} ")  # of equals first, or facts that share its words could crowd it out
         best = sorted(scores, key=lambda page: (-scores[page], not exact(page), page))[:top_k]
         return [self.texts[page] for page in sorted(best)]
 

@@ -41,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -187,29 +188,29 @@ def difference(written, right):
         return SimpleNamespace(kind=kind, text=text, index=index, question=(subject, relations, state.count(":")), then=then,
                                entries=dict(re.findall(envs.ENTRY, memory)), words=sorted(envs.words(memory)))
 
-    mine, best = read(written), read(right)
-    if mine.kind == "malformed":
+    got, want = read(written), read(right)
+    if got.kind == "malformed":
         return "malformed, or cut off"
-    if mine.kind != best.kind:
-        return "stopped early" if mine.kind == "answer" else "did not stop"
-    if mine.kind == "query" and not mine.index and best.index:
+    if got.kind != want.kind:
+        return "stopped early" if got.kind == "answer" else "did not stop"
+    if got.kind == "query" and not got.index and want.index:
         return "lost the question"
-    if best.index in mine.entries or mine.index in best.entries:  # an open question written as an answer, or an answer as an open question
+    if want.index in got.entries or got.index in want.entries:  # an open question written as an answer, or an answer as an open question
         return "wrong hop"
-    if best.entries.keys() - mine.entries.keys():
+    if want.entries.keys() - got.entries.keys():
         return "lost an entry"
-    if mine.entries.keys() - best.entries.keys():
+    if got.entries.keys() - want.entries.keys():
         return "made up an entry"
-    if mine.entries != best.entries:
+    if got.entries != want.entries:
         return "changed an entry"
-    if mine.index != best.index:
+    if got.index != want.index:
         return "took up another question"
-    if mine.question != best.question or mine.kind == "query" and mine.text != best.text:
+    if got.question != want.question or got.kind == "query" and got.text != want.text:
         return "wrong hop"
-    if mine.then != best.then:
+    if got.then != want.then:
         return "wrong next question"
-    if mine.words != best.words:  # a tally, what a user said, the best product so far
-        return "wrong answer" if mine.kind == "answer" else "remembers something else"
+    if got.words != want.words:  # a tally, what a user said, the best product so far; or an entry twice
+        return "wrong answer" if got.kind == "answer" else "remembers something else"
 
 
 def failures(models, world, methods, n, episodes, say, device="cpu"):
@@ -707,7 +708,7 @@ def bench(say, peers, quick):
     endless = GPT(model.config)  # its turns do not end before their cap
     endless.logits = lambda x: GPT.logits(endless, x).index_fill(-1, torch.tensor([END]), -1e9)
     long = torch.randn(2**24)
-    bandwidth = 2 * 4 * len(long) / best(long.clone)
+    bandwidth = 2 * 4 * len(long) / least_seconds(long.clone)
     say(f"one core: {gemm_peak() / 1e9:.0f} GFLOP/s in a product of 1024 x 1024, {bandwidth / 1e9:.1f} GB/s in a copy; load before: {os.getloadavg()[0]:.1f}")
     found = dict(rollout_vs_hf=None, update_vs_trl=None)
     found |= bench_rollout(endless, bandwidth, cfg, pairs, say)
@@ -717,18 +718,18 @@ def bench(say, peers, quick):
     return found | (against_peers(cfg, endless, pairs, say) if peers else {})
 
 
-def best(work, n=5):
-    """The least seconds of n times."""
-    return paired(work, lambda: None, n)[:, 1].min()
+def least_seconds(work):
+    """Of five times."""
+    return min(timeit.repeat(work, number=1))
 
 
 def gemm_peak():
     """Floating point operations a second in the product of two large matrices."""
     a, b = torch.randn(2, 1024, 1024)
-    return 2 * 1024**3 / best(lambda: a @ b)
+    return 2 * 1024**3 / least_seconds(lambda: a @ b)
 
 
-def times(say, name, seconds, text):
+def ratio(say, name, seconds, text):
     """The median ratio of seconds (pairs, 2), said with its range."""
     ratios = seconds[:, 0] / seconds[:, 1]
     say(f"{name:22s} {np.median(ratios):6.2f} times   ({ratios.min():.2f} to {ratios.max():.2f}, {len(ratios)} pairs)   {text}")
@@ -748,9 +749,9 @@ def bench_rollout(endless, bandwidth, cfg, pairs, say):
     assert text(ours()) == text(slow()), "with a cache and without, the same must be written"
     seconds = paired(ours, slow, pairs)
     rate = episodes * 2 * WRITTEN / np.median(seconds[:, 0])
-    without = times(say, "rollout_vs_nocache", seconds, f"{episodes} episodes of 2 turns; the same tokens, {rate:.0f} a second without a cache")
+    without = ratio(say, "rollout_vs_nocache", seconds, f"{episodes} episodes of 2 turns; the same tokens, {rate:.0f} a second without a cache")
     trajs = rollout(endless, *metronomes(episodes))
-    took, least = best(lambda: rollout(endless, *metronomes(episodes))), floor(trajs, endless, gemm_peak(), bandwidth)
+    took, least = least_seconds(lambda: rollout(endless, *metronomes(episodes))), floor(trajs, endless, gemm_peak(), bandwidth)
     speed = episodes * TURNS * WRITTEN / took
     say(f"rollout: {speed:.0f} tokens a second, {least / took:.0%} of what products and memory traffic alone would allow")
     return dict(rollout_vs_nocache=without, rollout_tok_s=speed, rollout_of_floor=least / took)
@@ -759,18 +760,18 @@ def bench_rollout(endless, bandwidth, cfg, pairs, say):
 def bench_learner(model, endless, cfg, pairs, say):
     """A forward and a backward pass over whole episodes, against one sequence a turn: of our own tasks, and of tasks
     and states as long as plain words would make them."""
-    found, policy = {"mfu": 0.0}, mem1
-    acted = {n: acted_out(model, cfg, n, (cfg.ppo_batch * 2 + n) // n, policy)[0] for n in (2, 16)}
+    found = {"mfu": 0.0}
+    acted = {n: acted_out(model, cfg, n, (cfg.ppo_batch * 2 + n) // n, mem1)[0] for n in (2, 16)}
     for turns, written, task in (6, 24, 64), (16, 48, 160):
         worlds = [Metronome(turns, written, task) for _ in range((cfg.ppo_batch * 4 + turns) // turns)]
-        acted[f"{task}x{turns}"] = rollout(endless, worlds, policy, [np.random.default_rng(i) for i in range(len(worlds))])
+        acted[f"{task}x{turns}"] = rollout(endless, worlds, mem1, [np.random.default_rng(i) for i in range(len(worlds))])
     for n, trajs in acted.items():
         tree, rows = partial(a_tree, model, trajs, cfg.pack_tokens), partial(a_row_a_turn, model, trajs, cfg.pack_tokens)
         assert abs(tree() / rows() - 1) < 1e-4, "both must be the same loss"
         seconds = paired(tree, rows, pairs)
         tokens, of_peak = sum(len(t.task) + sum(len(b.ids) for b in t.branches) for t in trajs), flops(model, trajs) / seconds[:, 1].min() / gemm_peak()
         name = f"learner_vs_per_turn_{n}"
-        found[name] = times(say, name, seconds, f"{tokens / np.median(seconds[:, 1]):.0f} tokens a second, {of_peak:.0%} of the peak of products")
+        found[name] = ratio(say, name, seconds, f"{tokens / np.median(seconds[:, 1]):.0f} tokens a second, {of_peak:.0%} of the peak of products")
         if n in (2, 16):
             found["mfu"] = max(of_peak, found["mfu"])
     return found
@@ -857,7 +858,7 @@ def against_peers(cfg, endless, pairs, say):
     written = lambda trajs: sum(len(turn.written) for traj in trajs for turn in traj.turns)
     assert written(their()) == written(ours()) == episodes * TURNS * WRITTEN
     text = f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__} generate, {theirs} weights against {size}"
-    return dict(rollout_vs_hf=times(say, "rollout_vs_hf", paired(ours, their, pairs), text), update_vs_trl=against_trl(cfg, endless, shape, pairs, say))
+    return dict(rollout_vs_hf=ratio(say, "rollout_vs_hf", paired(ours, their, pairs), text), update_vs_trl=against_trl(cfg, endless, shape, pairs, say))
 
 
 def against_trl(cfg, endless, shape, pairs, say):
@@ -900,7 +901,7 @@ def against_trl(cfg, endless, shape, pairs, say):
 
     seconds = np.array([(their_update(), our_update()) for _ in range(pairs + 1)][1:])
     text = f"{E} episodes of one turn, {N} tokens read, {N} written; trl {trl.__version__}, policy and critic of {size} weights each"
-    return times(say, "update_vs_trl", seconds, text)
+    return ratio(say, "update_vs_trl", seconds, text)
 
 
 def peak_memory(reset=False):

@@ -966,6 +966,18 @@ def test_of_whatever_an_agent_has_to_remember_a_slip_has_a_cause(world, right, w
     assert slips and all(re.fullmatch(cause, slip or "") for slip in slips), slips
 
 
+@pytest.mark.parametrize("env", [envs.ComposedQA, envs.WebQA])
+def test_what_was_found_by_a_search_or_on_a_page_is_looked_for_in_the_state(env, monkeypatch):
+    monkeypatch.setattr(evaluation, "load", lambda *a: None)
+    held = {}
+    for amnesic in False, True:
+        monkeypatch.setattr(evaluation, "play", lambda *a: iter([demonstrate(env(6, seed=[i]), mem1.mem1, amnesic) for i in range(8)]))
+        rows = evaluation.memory({"mem1": None}, None, {"mem1": ("mem1", mem1.mem1)}, 6, 8, lambda line: None)["mem1"]
+        held[amnesic] = [row["held"] for row in rows.values() if row["found"]]
+        assert max(row["found"] for row in rows.values()) >= 5  # of six the last is found when nothing is left to ask
+    assert set(held[False]) == {1.0} and min(held[True]) < 0.5  # control: who forgets holds less
+
+
 def test_with_another_layout_ppo_starts_from_ratio_one_and_the_gap_says_what_the_layout_changed(monkeypatch):
     _, row, given_ = one_iteration(monkeypatch, layout="stitched")
     logp, old_logp = given_["policy_loss"][0][:2]
@@ -1652,7 +1664,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
 @pytest.mark.parametrize("flags, words", [
     (["--threads", "0"], "at least 1"), (["--episodes", "-1"], "at least 1"), (["--device", "abacus"], "expected cpu"), (["--objectives", "0"], "invalid"),
     (["--objectives", "81"], "invalid"), (["--policies", "mem1,nobody"], "the run has mem1"), (["--assets", "x"], "goes with --table"), (["--peers"], "goes with --bench"),
-    (["--kinds", "riddle"], "expected list, chain"), (["--env", "shop", "--kinds", "count"], "no other kinds")])
+    (["--memory", "--kinds", "count"], "holds none"), (["--ask", ""], "invented world"), (["--kinds", "riddle"], "expected list, chain"), (["--env", "shop", "--kinds", "count"], "no other kinds")])
 def test_bad_input_to_the_evaluation_gets_one_line_too(finished, flags, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(finished[0]), *flags])
     with pytest.raises(SystemExit) as exit:

@@ -270,15 +270,15 @@ def schedule(step, steps, warmup):
 # One step of each kind. Returns what to log
 
 
-def imitate(cfg, learner, optimiser, agent, step, rank, world_size, farthest):
-    """Maximum likelihood of exercises (agent None) or of demonstrations with some exercises beside them."""
+def imitate(cfg, learner, optimiser, agent, step, rank, world_size, needs):
+    """Maximum likelihood of exercises (agent None) or of demonstrations with some exercises beside them. needs: see farthest_needs()."""
     exercises = cfg.demos_primer if agent else cfg.primer_batch
     ramp = 1.0 if agent else min(1.0, step / (0.6 * cfg.primer_steps))
     length = round(2 + ramp * (cfg.primer_longest - 2))
     key = step + (cfg.primer_steps if agent else 0)  # the exercises go on, they do not start again
     trajs = [exercise(cfg, key, i, length) for i in range(rank, exercises, world_size)]
     if agent:
-        trajs += [demonstration(cfg, agent, step, i, *farthest) for i in range(rank, cfg.demos_batch, world_size)]
+        trajs += [demonstration(cfg, agent, step, i, *needs) for i in range(rank, cfg.demos_batch, world_size)]
     packs = pack(trajs, cfg.pack_tokens)
     n = count(packs, cfg)
     # The critic learns from the demonstrator's returns, so that PPO starts with one (value pretraining, arXiv
@@ -410,13 +410,13 @@ def reinforce(cfg, learner, optimiser, reference, policy, environments, step, ra
             reading = pack(exercises, cfg.pack_tokens) if cfg.ppo_primer else []
             learn, keep_reading = partial(losses, n=count(packs, cfg), first=epoch == k == 0), partial(read, n=count(reading, cfg))
             norms.append(optimise(learner, optimiser, cfg, [(p, learn) for p in packs] + [(p, keep_reading) for p in reading]))
-    seen, entropy, kl, clip = total(sums).tolist()  # tokens, over all epochs
+    trained, entropy, kl, clip = total(sums).tolist()  # sums over the tokens of all epochs
     rows = torch.tensor([[t.reward, t.env.em, t.env.n_objectives, t.peak, len(full(t.turns)), len(t.turns),
                           t.valid / len(t.turns)] for t in trajs], device=cfg.device)  # (E, 7)
     means = (total(rows.sum(0)) / cfg.ppo_batch).tolist()
-    return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / seen, clip=clip / seen,
-                ent=entropy / seen, ev=ppo.explained_variance(old_value, ret, total), gap=most(gap).item(),
-                norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(seen))
+    return dict(zip(("reward", "em", "of", "peak", "unpruned", "turns", "valid"), means), kl=kl / trained, clip=clip / trained,
+                ent=entropy / trained, ev=ppo.explained_variance(old_value, ret, total), gap=most(gap).item(),
+                norm=norms[-1], skipped=int((~np.isfinite(norms)).sum()), tokens=int(trained))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def train(rank, world_size, cfg, signals):
         model, reference, judge, optimiser = build(cfg, stage, agent, state)
         learner = distribute(model, cfg, world_size)
         lr, every = getattr(cfg, f"{stage}_lr"), cfg.eval_every * (1 if stage == "ppo" else 25)
-        farthest = farthest_needs(cfg, agent) if agent else None
+        needs = farthest_needs(cfg, agent) if agent else None
 
         bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"{stage} {agent or ''}",
                    disable=True if rank else None, leave=False)
@@ -556,7 +556,7 @@ def train(rank, world_size, cfg, signals):
             elif stage == "judge":
                 row = prefer(cfg, learner, optimiser, reference, POLICIES[agent], step, rank, world_size)
             else:
-                row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, farthest)
+                row = imitate(cfg, learner, optimiser, agent, step, rank, world_size, needs)
             row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
             state["skipped"] = state["skipped"] + 1 if row["skipped"] else 0
             done = step + 1
