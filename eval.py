@@ -323,7 +323,7 @@ def compare(paths, say):
     """PPO of finished runs with the mem1 agent: mean (lowest to highest). Together are those that were trained alike but for the seed.
 
     Returns {the settings that set them apart: {name: [a run, ...]}}: the reward over each quarter of the iterations, the iterations
-    until its mean over ten of them is at least 0.8 (None: never), what became of the policy, and the final table.
+    until its mean over five of them is at least 0.8 (None: never), what became of the policy, and the final table.
     """
     elsewhere = "preset out resume seed device nproc threads timeout agents start sweep assets eval_objectives eval_episodes".split()  # not how mem1 is trained
     groups, settings = {}, []
@@ -343,8 +343,8 @@ def compare(paths, say):
         for i in range(4):  # the reward over each quarter of the iterations
             quarter = rows[len(rows) * i // 4 : len(rows) * (i + 1) // 4]
             group.setdefault(f"reward {i + 1}/4", []).append(float(np.mean([row["reward"] for row in quarter])))
-        ten = [np.mean([row["reward"] for row in rows[i : i + 10]]) for i in range(max(1, len(rows) - 9))]
-        group.setdefault("to 0.8", []).append(next((i + 10.0 for i, mean in enumerate(ten) if mean >= 0.8), math.inf))
+        five = [np.mean([row["reward"] for row in rows[i : i + 5]]) for i in range(max(1, len(rows) - 4))]
+        group.setdefault("to 0.8", []).append(next((i + 5.0 for i, mean in enumerate(five) if mean >= 0.8), math.inf))
         for name, pick in ("kl", np.mean), ("clip", np.mean), ("gap", np.max):
             group.setdefault(name, []).append(float(pick([row[name] for row in rows])))
         for n, cell in json.loads((path / "results.json").read_text())["mem1"].items():

@@ -1241,9 +1241,9 @@ def test_ppo_starts_again_from_the_imitated_agent_of_a_run_in_another_layout(fin
     with open(tmp_path / "again" / "metrics.jsonl", "r+") as file:
         rows = [{**json.loads(line), "reward": float(i >= 1)} for i, line in enumerate(file)]
         file.seek(0)
-        file.writelines(json.dumps(row) + "\n" for row in rows * 4)  # 0 1 1 1, four times: 0.8 of ten that begin at the second
+        file.writelines(json.dumps(row) + "\n" for row in rows * 4)  # 0 1 1 1, four times: 0.8 of the five that begin at the second
     evaluation.main()
-    assert json.loads(capsys.readouterr().out)["stitched"]["to 0.8"] == [11.0]
+    assert json.loads(capsys.readouterr().out)["stitched"]["to 0.8"] == [6.0]
 
 
 def test_the_runs_of_a_sweep_take_a_gpu_each_of_those_that_the_user_may_see(tmp_path, monkeypatch):
