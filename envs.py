@@ -469,11 +469,11 @@ class Shop(World):
 
     >>> env = Shop(2, seed=2)
     >>> env.prompt
-    ' want lamp warm small in white under #51 .'
+    ' want lamp warm small in white under #50 .'
     >>> env.step("query", "search lamp")
-    ' left=9 #70 lamp #25 , #14 lamp #3 , end'
+    ' left=9 #70 lamp #20 , #14 lamp #0 , end'
     >>> env.step("query", "click #70")
-    ' left=8 #70 lamp small warm new in white black green #25'
+    ' left=8 #70 lamp small warm new in white black green #20'
     >>> env.step("query", "click white"), env.step("answer", "buy"), env.em
     (' left=7 chosen white', '', 2.0)
 
@@ -488,15 +488,15 @@ class Shop(World):
         rng = np.random.default_rng(seed)
         pick = lambda words, n: [str(word) for word in rng.choice(words, n, replace=False)]
         super().__init__(n_objectives, max_turns or 2 * n_objectives + 6)
-        (self.type, *others), self.traits, (self.color,), self.limit = pick(TYPES, 4), pick(TRAITS, 2), pick(COLORS, 1), int(rng.integers(30, 60))
+        (self.type, *others), self.traits, (self.color,), self.limit = pick(TYPES, 4), pick(TRAITS, 2), pick(COLORS, 1), 10 * int(rng.integers(3, 6))
         self.prompt = f" want {self.type} {' '.join(self.traits)} in {self.color} under #{self.limit} ."
         self.products = {}  # id -> (type, traits, colors, price)
         for i, index in enumerate(pick(INDICES, n_objectives + n_objectives // 2)):
-            self.products[index] = self.type if i < n_objectives else str(rng.choice(others)), pick(TRAITS, 3), pick(COLORS, 3), int(rng.integers(80))
+            self.products[index] = self.type if i < n_objectives else str(rng.choice(others)), pick(TRAITS, 3), pick(COLORS, 3), 10 * int(rng.integers(8))
         if rng.random() < 0.5:  # one that has all
             more = pick([trait for trait in TRAITS if trait not in self.traits], 1), pick([color for color in COLORS if color != self.color], 2)
             index = pick([*self.products][:n_objectives], 1)[0]
-            self.products[index] = self.type, pick([*self.traits, *more[0]], 3), pick([self.color, *more[1]], 3), int(rng.integers(self.limit + 1))
+            self.products[index] = self.type, pick([*self.traits, *more[0]], 3), pick([self.color, *more[1]], 3), 10 * int(rng.integers(self.limit // 10 + 1))
         self.shelf = pick([*self.products], len(self.products))
         self.results, self.open, self.chosen = [], None, None
         best = max(self.products, key=lambda index: self.worth(index, self.color))
@@ -513,7 +513,7 @@ class Shop(World):
             fits = lambda index: -sum(word in (self.products[index][0], *self.products[index][1]) for word in words(text)[1:9])
             self.results = sorted((index for index in self.shelf if fits(index)), key=fits)
         elif verb == "next":
-            self.results = self.results[3:]
+            self.results = self.results[2:]
         elif verb == "click" and what in self.products:
             self.open, self.chosen = what, None
             kind, traits, colors, price = self.products[what]
@@ -523,8 +523,8 @@ class Shop(World):
             return f"chosen {what}"
         else:
             return "nothing happens"
-        page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:3]]
-        return " , ".join([*page, "next" if self.results[3:] else "end"])
+        page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:2]]
+        return " , ".join([*page, "next" if self.results[2:] else "end"])
 
     def mark(self, text):
         return 3 * (self.n_objectives * self.worth(self.open, self.chosen) if self.open and words(text) == ["buy"] else 0.0,)
