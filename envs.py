@@ -106,7 +106,7 @@ class ComposedQA(World):
                       list     independent questions, all answers are due at the end
                       chain    of half of them the subject is an earlier answer: `#65 : #64 pupil`
                       count    `count #17 jelo`: go on from #17, one further for each answer that is jelo
-                      compare  the answers are numbers: the index of the question with the largest
+                      compare  the answers are round numbers: the index of the question with the largest, of equals the first
     facts         None: a world invented for this episode alone; else Facts, see read_facts()
     asked_for     None: questions drawn at random; else [(subject, relations), ...] to be asked of `facts`
     names         of which a world is invented: the first 200 are one token each, all others several
@@ -177,8 +177,7 @@ def invent(indices, hops, distractors, kind, rng, pool=NAMES):
         head = ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
         draw = lambda: head[2] if rng.random() < 0.5 else str(rng.choice(pool))
     elif kind == "compare":
-        head, numbers = ["compare"], iter(rng.permutation(INDICES))
-        draw = lambda: str(next(numbers))
+        head, draw = ["compare"], lambda: str(rng.choice(INDICES[::10]))
     questions, triples = [], []
     for i in range(n):
         relations = [str(r) for r in rng.permutation(RELATIONS)]
@@ -207,7 +206,7 @@ def fold(head, tally, index, answer):
     ('#19', '#65 #31', '')
     """
     if head[:1] == ["count"]:
-        return f"#{int(tally[1:]) + (answer == head[2])}"
+        return f"#{int(tally.split()[0][1:]) + (answer == head[2])}"
     if head[:1] == ["compare"] and answer.startswith("#"):
         return f"{index} {answer}" if not tally or int(answer[1:]) > int(tally.split()[-1][1:]) else tally
     return tally
@@ -640,6 +639,9 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
         turn 3   milu pupil zupe ; #64 jero #65 : zupe neighbour .            query zupe neighbour
         turn 4   zupe neighbour veba .                                        answer #64 jero #65 veba
 
+    Where all answers are reduced to one word, the name of the kind behind what was found says that this one changes it:
+    `milu pupil jero count ; #18 #65 : ...`. So to compare and to count on are two steps.
+
     amnesic  it carries no answer on to another turn (in style "apart" the last one, or it would not know where it
              is): what is left for reinforcement to learn is to remember
     style    whole: the state holds all of the memory, the agent will see no other
@@ -671,7 +673,8 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
     if due or index in just_said or not relations:  # this question is done with: the next
         if index not in just_said:
             answers[index] = fresh[index] = subject
-            tally = fold(head, tally, index, subject)
+            before, tally = tally, fold(head, tally, index, subject)
+            found += head[:1] * (tally != before)
             changes.pop(index, None)
         index, subject, relations, then = take_up(still_open(questions, changes, then), answers)
     if due or not relations:  # there is no other
