@@ -161,7 +161,7 @@ def ask(model, policy, world, text):
     hops = 1, max(len(relations) for _, relations in questions)
     (traj,) = rollout(model, [envs.ComposedQA(len(questions), hops, top_k=world.top_k, facts=facts, asked_for=questions)], policy)
     show(traj, policy, sys.stdout.isatty())
-    answer = ENC.decode(traj.turns[-1].action) if traj.env.cause == "answered" else ""
+    answer = parse(traj.turns[-1].written)[3] if traj.env.cause == "answered" else ""
     given = dict(reversed(re.findall(rf"(#\d+)((?: {envs.WORD})+)", answer)))  # of an index that occurs twice the first counts
     for (index, gold), (subject, relations) in zip(traj.env.golds, questions):
         wrong = "" if envs.score(answer, [(index, gold)])[0] else f" (wrong: {gold})"

@@ -750,6 +750,15 @@ def test_words_of_a_file_are_tokens_behind_all_others_and_change_none():
     assert vocabulary.decode(ids) == " #64 jelo : São_Tomé देवनागरी" and vocabulary.n_vocab == before[1] + 2
 
 
+@pytest.mark.parametrize("amnesic", [False, True])
+def test_what_is_asked_is_answered_a_line_a_question_and_marked_where_it_is_wrong(amnesic, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "rollout", lambda model, worlds, policy: [demonstrate(world, policy, amnesic=amnesic) for world in worlds])
+    world = SimpleNamespace(facts=str(HERE / "assets" / "countries.tsv"), skip_bad_facts=False, top_k=3)
+    evaluation.ask(None, mem1.mem1, world, "japan capital; peru capital river")
+    first = "Japan capital: no answer (wrong: Tokyo)" if amnesic else "Japan capital: Tokyo"
+    assert capsys.readouterr().out.splitlines()[-2:] == [first, "Peru capital river: Rímac"]
+
+
 def test_an_agent_is_trained_on_a_file_and_can_be_asked(tmp_path):
     (tmp_path / "facts.tsv").write_text((HERE / "assets" / "countries.tsv").read_text())
     code, text, err = script("train.py", *TINY, "--agents", "mem1", "--facts", tmp_path / "facts.tsv", "--kinds", "list", "--out", tmp_path / "run")
