@@ -239,7 +239,8 @@ class Search:
         for word in words(query)[:64]:  # of an over-long query the beginning counts
             for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
-        exact = lambda page: self.texts[page].lower().startswith(f"{query.strip().lower()} ")  # of equals first, or facts that share its words could crowd it out
+        # Of pages of equal score the exact fact comes first, or facts that share its words could crowd it out.
+        exact = lambda page: self.texts[page].lower().startswith(f"{query.strip().lower()} ")
         best = sorted(scores, key=lambda page: (-scores[page], not exact(page), page))[:top_k]
         return [self.texts[page] for page in sorted(best)]
 
@@ -461,6 +462,7 @@ SHOP_WORDS = "want under search click next end chosen buy in nothing happens".sp
 TYPES = "jacket shirt lamp chair bag clock rug mug".split()
 TRAITS = "cotton warm light round small soft matt thin plain strong old new".split()
 COLORS = "red blue green black white grey".split()
+PAGE = 2  # products a page: so few that short tasks, too, turn pages
 
 
 class Shop(World):
@@ -512,7 +514,7 @@ class Shop(World):
             fits = lambda index: -sum(word in (self.products[index][0], *self.products[index][1]) for word in words(text)[1:9])
             self.results = sorted((index for index in self.shelf if fits(index)), key=fits)
         elif verb == "next":
-            self.results = self.results[2:]
+            self.results = self.results[PAGE:]
         elif verb == "click" and what in self.products:
             self.open, self.chosen = what, None
             kind, traits, colors, price = self.products[what]
@@ -522,8 +524,8 @@ class Shop(World):
             return f"chosen {what}"
         else:
             return "nothing happens"
-        page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:2]]
-        return " , ".join([*page, "next" if self.results[2:] else "end"])
+        page = [f"{index} {self.products[index][0]} #{self.products[index][3]}" for index in self.results[:PAGE]]
+        return " , ".join([*page, "next" if self.results[PAGE:] else "end"])
 
     def mark(self, text):
         return 3 * (self.n_objectives * self.worth(self.open, self.chosen) if self.open and words(text) == ["buy"] else 0.0,)
@@ -651,6 +653,9 @@ def demonstrator(prompt, seen="", amnesic=False, style="whole"):
 
     >>> demonstrator(" #64 : jelo pupil .", "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero")
     ('jelo pupil jero .', 'answer', '#64 jero')
+    >>> seen = "<IS> ; #17 #64 : jelo pupil #65<query> jelo pupil<end><info> left=3 jelo pupil jero"
+    >>> [demonstrator(f" count #17 {name} #64 : jelo pupil #65 : milu heir .", seen)[0] for name in ("jero", "kama")]
+    ['jelo pupil jero count ; #18 #65 : milu heir .', 'jelo pupil jero ; #17 #65 : milu heir .']
     """
     head, questions = read_task(prompt)
     answers, changes = read_seen(seen)
