@@ -50,7 +50,8 @@ STOP = "."  # ends the list of questions, where otherwise the next index would s
 SKILLS = "copy edit append recall fact section".split()  # the skills of reading, see primer()
 WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "answer", "now", "nothing", "found"]
 
-KINDS = ["list", "chain", "count", "compare"]  # of tasks, see ComposedQA
+REDUCED = ["count", "compare"]  # kinds of tasks whose answers are reduced to one word
+KINDS = ["list", "chain", *REDUCED]  # of tasks, see ComposedQA
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # a name: of any script, without white space and ASCII punctuation (but for _)
 ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a state or an answer: index, answer (`user` begins what is said in a Dialogue)
@@ -173,11 +174,8 @@ def invent(indices, hops, distractors, kind, rng, pool=NAMES):
             free = sorted({*range(i)} - {*earlier.values()})
             if rng.random() < 0.5:
                 earlier[i] = int(rng.choice(free))  # the question whose answer is its subject; an answer is taken up once at most
-    elif kind == "count":
-        head = ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
-        draw = lambda: head[2] if rng.random() < 0.5 else str(rng.choice(pool))
-    elif kind == "compare":
-        head, draw = ["compare"], lambda: str(rng.choice(INDICES[::10]))
+    elif kind in REDUCED:
+        head, draw = reduction(kind, n, rng, pool)
     questions, triples = [], []
     for i in range(n):
         relations = [str(r) for r in rng.permutation(RELATIONS)]
@@ -192,6 +190,14 @@ def invent(indices, hops, distractors, kind, rng, pool=NAMES):
             subject = answer
         questions.append((start, chain, path))
     return head, questions, [triples[i] for i in rng.permutation(len(triples))]
+
+
+def reduction(kind, n, rng, pool=NAMES):
+    """A task whose n answers are reduced to one word: its head [word, ...], and what draws an answer."""
+    if kind == "compare":
+        return [kind], lambda: str(rng.choice(INDICES[::10]))
+    head = [kind, str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
+    return head, lambda: head[2] if rng.random() < 0.5 else str(rng.choice(pool))
 
 
 def start_of(head):
@@ -362,7 +368,7 @@ def words_of(world):
     """The words that this world has besides WORDS: of its kinds of tasks, of its users and shops, of the file that it asks about."""
     more = dict(dialogue=["user", "-"], shop=[*SHOP_WORDS, *TYPES, *TRAITS, *COLORS]).get(world.env, [])
     facts = read_facts(world.facts, world.skip_bad_facts)[0].words if world.facts else []
-    return [*sorted({"count", "compare"} & {*world.kinds}), *more, *facts]
+    return [*sorted({*REDUCED} & {*world.kinds}), *more, *facts]
 
 
 def spelled(world):
@@ -760,18 +766,22 @@ def entries(answers):
     return " ".join(f"{index} {answer}" for index, answer in answers.items() if index)
 
 
-def primer(rng, longest, more=()):
+def primer(rng, longest, more=(), kinds=()):
     """One exercise in reading, on random words: (text, [(words, is it to be learned), ...]).
 
     What a pretrained language model brings along and random weights do not: to copy a list, to
     edit it while copying, to look things up. No environment, no turn, no episode, nothing to
-    remember or to prune. Lists have 2 to `longest` items; `more` are words besides the names of this world.
+    remember or to prune. Lists have 2 to `longest` items; `more` are words besides the names of this world. Kinds of tasks
+    that reduce their answers bring an exercise each: random weights know neither what comes after #17 nor which number is larger.
 
     >>> text, answer = primer(np.random.default_rng(54), 3)
     >>> text
     ' #17 :: gezo deputy rival #24 : ropu deputy . ; #17 bize #24 .'
     >>> answer
     [(' append', False), (' ; #17 bize #24 : ropu deputy .', True), (' .', True)]
+    >>> primer(np.random.default_rng(21), 3, kinds=["count"])  # doctest: +NORMALIZE_WHITESPACE
+    (' count #8 teba', [(' count', False), (' #61 supa', False), (' ; #8', True), (' #30 teba', False), (' count ; #9', True),
+     (' .', True)])
     """
     n, names = int(rng.integers(2, longest + 1)), [*NAMES, *more]
     draw = lambda k, pool: [pool[i] for i in rng.choice(len(pool), k, replace=False)]  # k different words
@@ -780,7 +790,7 @@ def primer(rng, longest, more=()):
     pairs = [f"{key} {value}" for key, value in zip(keys, values)]
     sections = [" ".join(asked(any_of(names), draw(rng.integers(1, 4), RELATIONS))) for _ in keys]
     sections = [f"{section} {then}" for section, then in zip(sections, [*keys[1:], STOP])]  # up to and with the next heading
-    skill = any_of(SKILLS)
+    skill = any_of([*SKILLS, *(kind for kind in REDUCED if kind in kinds)])
     if skill == "copy":  # a list of words
         text = draw(n, names)
         target = [(text, True)]
@@ -802,5 +812,12 @@ def primer(rng, longest, more=()):
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         target = [part for i in rng.permutation(len(facts))[:8] for part in (([facts[i][0]], False), ([facts[i][1]], True))]
+    else:  # the next number, the same word, the larger number: of one answer after the other, does it count, and what is then to be kept
+        text, draw_answer = reduction(skill, min(n, 8), rng)
+        target, tally = [], start_of(text)
+        for key in keys[:8]:
+            answer, before = draw_answer(), tally
+            tally = fold(text, tally, key, answer)
+            target += [([key, answer], False), ([*text[:1] * (tally != before), LIST, tally], True)]
     phrase = lambda some: " " + " ".join(some)
     return phrase(text), [(phrase([skill]), False), *((phrase(some), learn) for some, learn in target), (phrase([STOP]), True)]

@@ -1088,7 +1088,7 @@ def main():
     if args.layouts:
         model = load(models["mem1"], args.device) if args.run else GPT(GPTConfig(ENC.n_vocab)).to(args.device)
         results = layouts(model, world, args.objectives or [2, 4, 8, 16], args.episodes or 64, say)
-    elif args.memory and (world.env == "shop" or {"count", "compare"} & {*world.kinds}):
+    elif args.memory and (world.env == "shop" or {*envs.REDUCED} & {*world.kinds}):
         parser.error("--memory counts the answers that a state holds; in this world it holds none; give --kinds list, or --env")
     elif args.failures or args.memory:
         n = args.objectives[0] if args.objectives else 16

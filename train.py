@@ -165,7 +165,7 @@ def world(cfg, seed, stage, step, episode, n_objectives=None, **kwargs):
 
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory of one branch of which the answers are trained."""
-    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest, [*envs.words_of(cfg), *envs.spelled(cfg)])
+    text, answer = envs.primer(rng(cfg.seed, PRIMER, step, i), longest, [*envs.words_of(cfg), *envs.spelled(cfg)], cfg.kinds)
     branch = Branch()
     for words, learn in answer:
         branch.extend(ENC.encode_ordinary(words), trained=learn)
