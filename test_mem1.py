@@ -593,6 +593,27 @@ def test_of_a_task_that_is_reduced_to_one_word_the_state_stays_constant(kind):
     assert env.em == 0
 
 
+@pytest.mark.parametrize("kind", ["count", "compare"])
+def test_the_primer_counts_and_compares_as_a_slow_reader_does(kind):
+    draw = lambda seed, **kwargs: envs.primer(np.random.default_rng(seed), 12, **kwargs)
+    drawn = [(text.split(), answer) for text, answer in (draw(seed, kinds=["list", kind]) for seed in range(300)) if text.startswith(f" {kind}")]
+    assert 20 < len(drawn) < 70 and not any(draw(seed)[0].startswith(f" {kind}") for seed in range(300))
+    changed = collections.Counter()
+    for head, answer in drawn:
+        assert answer[0] == (f" {kind}", False) and answer[-1] == (" .", True)
+        given, kept = [words.split() for words, learn in answer[1:] if not learn], [words.split() for words, learn in answer[1:-1] if learn]
+        for k in range(1, len(given) + 1):
+            before, values = given[:k - 1], [value for _, value in given[:k]]
+            if kind == "count":
+                counts, right = given[k - 1][1] == head[2], [f"#{int(head[1][1:]) + values.count(head[2])}"]
+            else:
+                counts = all(int(value[1:]) < int(values[-1][1:]) for _, value in before)
+                right = given[max(range(k), key=lambda i: (int(values[i][1:]), -i))]
+            assert kept[k - 1] == [kind] * counts + [";", *right]
+            changed[counts] += 1
+    assert min(changed.values()) > 40, changed
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
 def test_in_a_dialogue_what_was_last_said_of_a_question_counts(n):
     fates = collections.Counter()
