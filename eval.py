@@ -1048,6 +1048,7 @@ def parse_arguments():
 
 
 def main():
+    """What the flags ask for, else the table of a run."""
     args, parser = parse_arguments()
     torch.set_num_threads(args.threads)
     say = (lambda line: None) if args.json else tqdm.write
