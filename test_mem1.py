@@ -1671,7 +1671,7 @@ def test_a_compiled_run_is_the_same_but_for_rounding(finished, tmp_path):
     (["--objectives", "3"], "objectives"), (["--objectives", "4", "2"], "objectives"), (["--hops", "1", "9"], "hops"),
     (["--ppo-batch", "0"], "ppo-batch"), (["--nproc", "2", "--ppo-batch", "1"], "ppo-batch"),
     (["--start", "/nonexistent/run"], "does not exist"), (["--layout", "flat"], "invalid choice"),
-    (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"),
+    (["--facts", "/nonexistent.tsv"], "--facts"), (["--kinds", "riddle"], "invalid choice"), (["--kinds", "list,riddle"], "invalid choice"), (["--objectives", "1,x"], "invalid int"),
     (["--kinds", "count", "--facts", str(HERE / "assets" / "countries.tsv")], "no other kinds"), (["--env", "shop", "--kinds", "chain"], "no other kinds"), (["--sweep", "-1"], "--sweep -1"), (["--sweep", "--seed", "3"], "leave --seed away"), (["--sweep", "--resume"], "leave --resume away"),
     (["--agents", "mem1", "mem1"], "only once"), (["--agents", "nobody"], "invalid choice"), (["--eval-objectives", "500"], "eval-objectives"), (["--n-embd", "50"], "n-embd"),
     (["--ppo-minibatches", "65"], "--ppo-minibatches"), (["--kinds", "list", "count", "--hops", "1", "1", "--objectives", "1", "80"], "expected 1 to 79"), (["--out", "/proc/run"], "/proc/run")])
@@ -1691,6 +1691,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(finished, monkeypat
         with pytest.raises(SystemExit) as exit:
             train.main()
         assert words in (exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err)
+
+
+def test_items_of_a_list_stand_between_spaces_or_commas(monkeypatch):
+    lists = [["--kinds", "list", "count", "chain", "--objectives", "1", "3"], ["--kinds", "list,count,chain", "--objectives", "1,3"], ["--kinds", "list,count", "chain", "--objectives", "1", "3"]]
+    given = []
+    for flags in lists:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", "runs/none", *flags])
+        given.append(train.parse_arguments()[1])
+    assert given[0] == given[1] == given[2] and given[0]["kinds"] == ["list", "count", "chain"] and given[0]["objectives"] == [1, 3]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -850,6 +850,18 @@ CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"], dtype=["auto",
                agents=[*POLICIES], kinds=[*envs.KINDS], reward=[*envs.REWARDS, "judge"])
 
 
+def listed(kind, choices, text):
+    """One argument of a list: `2,16` -> [2, 16], so that spaces and commas are the same. For argparse."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}")
+    for value in values:
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose from {', '.join(map(repr, choices))})")
+    return values
+
+
 def parse_arguments():
     """(Config, the fields that were given) from the command line: a flag a field, a preset's values instead of the defaults."""
     reasons = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -866,10 +878,12 @@ def parse_arguments():
         elif f.name == "sweep":
             parser.add_argument(flag, type=int, nargs="?", const=3, help=text)
         elif f.type is tuple:
-            parser.add_argument(flag, type=type(f.default[0]), nargs="+", choices=CHOICES.get(f.name), help=text.replace("%", "%%"))
+            kind, choices = type(f.default[0]), CHOICES.get(f.name)
+            parser.add_argument(flag, type=partial(listed, kind, choices), nargs="+", metavar=choices and "{%s}" % ",".join(choices), help=text.replace("%", "%%"))
         else:
             parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), help=text.replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    given = {name: sum(value, []) if isinstance(value, list) else value for name, value in given.items()}
     if given.get("dtype") == "auto":
         del given["dtype"]  # what is meant by it follows from the device
     given.setdefault("preset", "gpu" if torch.cuda.is_available() else "cpu")
