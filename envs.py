@@ -195,7 +195,7 @@ def invent(indices, hops, distractors, kind, rng, pool=NAMES):
 def reduction(kind, n, rng, pool=NAMES):
     """A task whose n answers are reduced to one word: its head [word, ...], and what draws an answer."""
     if kind == "compare":
-        return [kind], lambda: str(rng.choice(INDICES[::10]))
+        return [kind], lambda: str(rng.choice(INDICES[::10]))  # round: eight numbers are met often enough to learn their order
     head = [kind, str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
     return head, lambda: head[2] if rng.random() < 0.5 else str(rng.choice(pool))
 
@@ -212,7 +212,7 @@ def fold(head, tally, index, answer):
     ('#19', '#65 #31', '')
     """
     if head[:1] == ["count"]:
-        return f"#{int(tally.split()[0][1:]) + (answer == head[2])}"
+        return f"#{int(tally.split()[0][1:]) + (answer == head[2])}"  # split, since an agent may have written several
     if head[:1] == ["compare"] and answer.startswith("#"):
         return f"{index} {answer}" if not tally or int(answer[1:]) > int(tally.split()[-1][1:]) else tally
     return tally
@@ -812,12 +812,12 @@ def primer(rng, longest, more=(), kinds=()):
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         target = [part for i in rng.permutation(len(facts))[:8] for part in (([facts[i][0]], False), ([facts[i][1]], True))]
-    else:  # the next number, the same word, the larger number: of one answer after the other, does it count, and what is then to be kept
-        text, draw_answer = reduction(skill, min(n, 8), rng)
-        target, tally = [], start_of(text)
+    else:  # the next number, the same word, the larger number: of one answer after the other, does it count, and to what (what was before is in view)
+        head, draw_answer = reduction(skill, min(n, 8), rng)
+        text, target, tally = head, [], start_of(head)
         for key in keys[:8]:
             answer, before = draw_answer(), tally
-            tally = fold(text, tally, key, answer)
-            target += [([key, answer], False), ([*text[:1] * (tally != before), LIST, tally], True)]
+            tally = fold(head, tally, key, answer)
+            target += [([key, answer], False), ([*head[:1] * (tally != before), LIST, tally], True)]
     phrase = lambda some: " " + " ".join(some)
     return phrase(text), [(phrase([skill]), False), *((phrase(some), learn) for some, learn in target), (phrase([STOP]), True)]
