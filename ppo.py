@@ -1,99 +1,299 @@
-"""ppo.py: proximal policy optimisation on the tokens that the agent chose, as pure functions.
+"""ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-There is no mask in this file. mem1.pack() lists the trained tokens of all episodes flat (M,), an episode
-after the other, in the order in which they were sampled; a token that was given to the agent (the task,
-an <info>, a state read again) is not in the list. So the token after an action is the next action, be it
-a turn later, and credit flows through the whole episode (MEM1 sec. 3.3, app. A.5).
+Begin with update(): one iteration, from the rollout to the optimizer steps. The mask is visible in
+two places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
+returns those alone. And everything about them is held flat, an episode after the other, in the
+order in which they were sampled: the token after an action is the next *action*, be it a turn
+later, so that credit flows through the whole episode, over all that was read in between (MEM1 sec.
+3.3, app. A.5).
 
     M trained tokens;  logp, old_logp, ref_logp, value, adv, ret, last: all (M,)
 
-Losses come back a token (M,); the caller divides their sum by the number of trained tokens of the
-optimiser step in all processes, so that no split into micro-batches or processes changes the gradient.
+Losses are a sum over trained tokens, divided by their number in all processes and micro-batches of
+the optimizer step, so that no split into micro-batches or processes changes the gradient.
+
+Differs from the paper's released code:
+1) GAE and whitening skip what was only read; there, retrieved text is counted in;
+2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
+3) the KL to the reference is not clamped at 0, which would bias it.
 """
+import contextlib
+
+import numpy as np
 import torch
+import torch.distributed as dist
+
+from envs import Stream, keyed_rng
+from mem1 import LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recorded, rollout
 
 
-def token_rewards(reward, ends, old_logp, ref_logp, kl_coef):
-    """Reward of each token (M,): a price for leaving the reference policy, and at the end of a turn what it earned.
+def update(model, optimizer, reference, environments, policy, cfg, step):
+    """One PPO iteration on this process's `environments`: play, weigh, learn -> what to log."""
+    rank, world_size = process()
+    raw = getattr(model, "module", model)  # without its DDP wrapper
+    device = raw.emb.weight.device
+    like = dict(dtype=raw.emb.weight.dtype, device=device)
+
+    # 1. Play.
+    mine = range(rank, cfg.ppo_batch, world_size)
+    rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
+    trajs = rollout(raw, environments, policy, rngs)
+    layout = LAYOUTS[cfg.layout if policy is keep_last else "tree"]
+    views = list(map(layout, trajs))  # what the learner sees
+
+    # 2. Compute the advantage of each token that the agent chose.
+    sampled_logp = torch.tensor(recorded(trajs, "logp"), **like)  # (M,)
+    old_logp = sampled_logp.clone()  # (M,)
+    old_value = torch.tensor(recorded(trajs, "value"), **like)  # (M,)
+    ref_logp = torch.zeros_like(old_logp)  # (M,)
+    with torch.no_grad():
+        for rows in make_rows(views, cfg.micro_batch):
+            rows = rows.to(device)
+            ref_logp[rows.index] = predict(reference, rows)[0]
+            if cfg.layout != "tree":  # the paper's code takes the learner's word for what acted
+                old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
+    reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
+    turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)
+    last = marks([traj.n_trained for traj in trajs], device)  # (M,)
+    rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
+    adv, ret = gae(rewards, old_value, last, cfg.gamma, cfg.lam)  # each (M,)
+    adv = whiten(adv)  # (M,)
+
+    # 3. Learn.
+    sums = torch.zeros(4, **like)  # tokens, entropy, kl, clipped: over all epochs
+    gap = torch.zeros((), **like)
+
+    def losses(rows, n, first):
+        nonlocal gap
+        i = rows.index
+        logp, value, entropy = predict(model, rows)  # each (m,): loss_mask is applied in there
+        if first:  # nothing is updated yet: the learner must say what the sampler said
+            gap = torch.cat([(logp.detach() - sampled_logp[i]).abs(), gap[None]]).max()
+        with torch.no_grad():
+            kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
+            sums.add_(torch.stack([torch.ones_like(kl), entropy, kl, clip]).sum(1))
+        policy_term = policy_loss(logp, old_logp[i], adv[i], cfg.clip)  # (m,)
+        value_term = value_loss(value, old_value[i], ret[i], cfg.clip)  # (m,)
+        return (policy_term + cfg.value_coef * value_term).sum() / n
+
+    def reading_loss(rows, n):  # a little of the primer, or reading skills erode
+        logp, value, _ = predict(model, rows)
+        return (-cfg.primer_coef * logp.sum() + 0.0 * value.sum()) / n  # DDP needs every gradient
+
+    for epoch in range(cfg.ppo_epochs):
+        for k, chosen in enumerate(minibatches(cfg, step, epoch)):
+            which = [mine.index(e) for e in chosen if e in mine]
+            batch = make_rows(views, cfg.micro_batch, which)
+            n = token_count(batch, device)
+            work = [(losses, rows, n, epoch == k == 0) for rows in batch]
+            if cfg.exercises:
+                batch = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
+                n = token_count(batch, device)
+                work += [(reading_loss, rows, n) for rows in batch]
+            norm = optimizer_step(model, optimizer, work, cfg.grad_clip)
+
+    tokens, entropy, kl, clip = all_sum(sums).tolist()
+    return dict(
+        mean_over_episodes(trajs, cfg.ppo_batch, device), tokens=int(tokens), norm=norm,
+        kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
+        ev=explained_variance(old_value, ret), gap=all_max(gap).item())
+
+
+def optimizer_step(model, optimizer, work, grad_clip):
+    """One step on the sum of the losses of all processes. Returns the norm of the gradient.
+
+    work: [(function, rows, ...), ...], a micro-batch each; function(rows, ...) is its loss. DDP
+    takes the mean over processes, hence the factor world_size, and gradients meet in the last
+    backward pass only. One that is not finite is so in all processes, and raises
+    FloatingPointError before anything is changed.
+    """
+    _, world_size = process()
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    for i, (loss, rows, *args) in enumerate(work):
+        local = world_size > 1 and i < len(work) - 1
+        with model.no_sync() if local else contextlib.nullcontext():
+            (loss(rows.to(device), *args) * world_size).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if not np.isfinite(norm):
+        raise FloatingPointError("the loss or its gradient is not finite")
+    optimizer.step()
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------
+# What update() gathers
+
+
+def turn_rewards(traj):
+    """What each turn earned (J,): 0 but for the last, which earns the share of right answers."""
+    return [0.0] * (len(traj.turns) - 1) + [traj.reward]
+
+
+def marks(lengths, device):
+    """True at the last token of each of some consecutive segments, (sum of lengths,).
+
+    >>> marks([2, 3], "cpu").int().tolist()
+    [0, 1, 0, 0, 1]
+    """
+    ends = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
+    ends[torch.tensor(lengths).cumsum(0) - 1] = True
+    return ends
+
+
+def minibatches(cfg, step, epoch):
+    """The episodes of each minibatch, counted over all processes, shuffled anew in each epoch.
+
+    Process r plays the episodes e with e % world_size == r. Shuffled within eight lanes, 2, 4 or 8
+    processes have equally many of each minibatch.
+    """
+    order = keyed_rng(cfg.seed, Stream.PPO, step, epoch, 3).permutation(cfg.ppo_batch)
+    lanes = 8 if cfg.ppo_batch % (8 * cfg.ppo_minibatches) == 0 else 1
+    order = order[np.argsort(order % lanes, kind="stable")].reshape(lanes, -1)
+    parts = np.array_split(order, cfg.ppo_minibatches, axis=1)
+    return [sorted(part.flatten().tolist()) for part in parts]
+
+
+def exercises(cfg, step, epoch, k):
+    """This process's reading exercises beside minibatch k. Their keys go on after those of earlier
+    stages, so that none is met twice."""
+    rank, world_size = process()
+    key = cfg.primer_steps + cfg.demos_steps
+    key += (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+    mine = range(rank, cfg.exercises, world_size)
+    return [exercise(cfg, key, i, cfg.primer_longest) for i in mine]
+
+
+def mean_over_episodes(trajs, episodes, device):
+    """Means over the episodes of all processes: {name: number}."""
+    names = "reward", "em", "of", "peak", "unpruned", "turns", "valid"
+    rows = []
+    for t in trajs:
+        unpruned = len(keep_all(t.turns))  # what a context would hold that keeps everything
+        rows.append([t.reward, t.env.em, t.env.n_objectives, t.peak, unpruned, len(t.turns),
+                     t.valid / len(t.turns)])
+    sums = all_sum(torch.tensor(rows, dtype=torch.float32, device=device).sum(0))
+    return dict(zip(names, (sums / episodes).tolist()))
+
+
+# ----------------------------------------------------------------------------------------------
+# The maths, as pure functions
+
+
+def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
+    """Reward of each token (M,): what its turn earned, at the end of the turn, and a price for
+    leaving the reference policy.
 
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
-    The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the reward
-    its gradient is that of the KL (Schulman 2020, joschu.net/blog/kl-approx.html; MEM1 clamps it, which
-    is biased). reward (J,), an entry a turn, and ends (M,), True at the last token of each, in the same order. As
-    a rule only the last turn of an episode earns anything.
+    The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the
+    reward its gradient is that of the KL (Schulman 2020, joschu.net/blog/kl-approx.html). reward
+    (J,) has an entry a turn, turn_ends (M,) is True at the last token of each, in the same order.
+
+    >>> ends, half = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
+    >>> token_rewards(torch.tensor([1.0]), ends, half, torch.tensor([-1.0, -0.5]), kl_coef=0.1)
+    tensor([-0.0500,  1.0000])
     """
     rewards = -kl_coef * (old_logp - ref_logp)  # (M,)
-    rewards[ends] += reward
+    rewards[turn_ends] += reward
     return rewards
 
 
 def gae(rewards, value, last, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16): adv, ret (M,).
 
-    delta_t = r_t + gamma V_{t+1} - V_t,   adv_t = delta_t + gamma lam adv_{t+1},   ret_t = adv_t + V_t
+    delta_t = r_t + gamma V_{t+1} - V_t
+    adv_t = delta_t + gamma lam adv_{t+1},   ret_t = adv_t + V_t
 
-    After the last token of an episode V is 0, whether it answered or ran out of turns: the turn budget
-    is part of the task. With gamma = lam = 1, as in MEM1, adv_t = R - V_t.
+    After the last token of an episode V is 0, whether it answered or ran out of turns: the turn
+    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t = R - V_t.
 
-    >>> one, end = torch.ones(3), torch.tensor([False, False, True])
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), 0.5 * one, end)[0].tolist()
+    >>> half, last = torch.full((3,), 0.5), torch.tensor([False, False, True])
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, last)[0].tolist()
     [0.5, 0.5, 0.5]
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), 0.5 * one, end, lam=0.0)[0].tolist()
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, last, lam=0.0)[0].tolist()
     [0.0, 0.0, 0.5]
     """
-    adv, ahead, value_ahead = [0.0] * len(last), 0.0, 0.0
-    r, v, final = rewards.tolist(), value.tolist(), last.tolist()
-    for t in reversed(range(len(adv))):
-        if final[t]:
-            ahead = value_ahead = 0.0
-        ahead = r[t] + gamma * value_ahead - v[t] + gamma * lam * ahead
-        adv[t], value_ahead = ahead, v[t]
+    r, v, end = rewards.tolist(), value.tolist(), last.tolist()
+    adv = [0.0] * len(r)
+    next_adv = next_value = 0.0
+    for t in reversed(range(len(r))):
+        if end[t]:
+            next_adv = next_value = 0.0
+        adv[t] = r[t] + gamma * next_value - v[t] + gamma * lam * next_adv
+        next_adv, next_value = adv[t], v[t]
     adv = torch.tensor(adv, dtype=value.dtype, device=value.device)  # (M,)
     return adv, adv + value
 
 
-def whiten(x, total=lambda t: t):
-    """x (M,) to mean 0 and variance 1 over the tokens of all processes; `total` sums a tensor over them.
-
-    A constant becomes 0, not NaN.
-    """
-    n, s = total(torch.stack([torch.tensor(float(len(x)), device=x.device), x.sum()])).unbind()
+def whiten(x):
+    """x (M,) to mean 0 and variance 1 over the tokens of all processes. A constant becomes 0."""
+    count = torch.tensor(float(len(x)), device=x.device, dtype=x.dtype)
+    n, s = all_sum(torch.stack([count, x.sum()]))
     mean = s / n
-    var = total(((x - mean) ** 2).sum()) / n
+    var = all_sum(((x - mean) ** 2).sum()) / n
     return (x - mean) * (var + 1e-8).rsqrt()
 
 
 def policy_loss(logp, old_logp, adv, clip=0.2):
-    """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised: -min(ratio adv, clip(ratio) adv), (M,)."""
-    ratio = (logp - old_logp).exp()  # (M,): exactly 1 before the first update, if sampler and learner agree
+    """Clipped surrogate (arXiv 1707.06347, eq. 7): -min(ratio adv, clip(ratio) adv), (M,)."""
+    ratio = (logp - old_logp).exp()  # (M,): 1 before the first update, if sampler and learner agree
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
 
 
 def value_loss(value, old_value, ret, clip=0.2):
-    """Half the squared error of the new value, or of the new value held within +-clip of the old one, whichever is larger (M,).
-
-    (arXiv 2005.12729 sec. 3; the baselines' PPO2.)
-    """
+    """Half the squared error of the new value, or of the new value held within +-clip of the old,
+    whichever is larger, (M,) (arXiv 2005.12729 sec. 3; the baselines' PPO2)."""
     near = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * torch.max((value - ret) ** 2, (near - ret) ** 2)
 
 
 def approx_kl(logp, old_logp):
-    """KL(pi_old || pi) a token from samples of pi_old, never negative ("k3"): (ratio - 1) - log ratio, (M,)."""
+    """KL(pi_old || pi), from samples of pi_old: (ratio - 1) - log ratio >= 0 ("k3"), (M,)."""
     log_ratio = logp - old_logp
     return log_ratio.expm1() - log_ratio
 
 
 def clipped(logp, old_logp, clip=0.2):
     """1 where the ratio has left [1 - clip, 1 + clip], (M,)."""
-    return ((logp - old_logp).exp() - 1).abs().gt(clip).float()
+    return ((logp - old_logp).exp() - 1).abs().gt(clip).to(logp.dtype)
 
 
-def explained_variance(value, ret, total=lambda t: t):
-    """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0 one that knows the mean only. A float."""
+def explained_variance(value, ret):
+    """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0
+    one that knows no more than the mean."""
     x = torch.stack([ret, ret - value])  # (2, M)
-    n = total(torch.tensor(float(x.size(1)), device=x.device))
-    mean = total(x.sum(1)) / n  # (2,)
-    of_ret, of_rest = total(((x - mean[:, None]) ** 2).sum(1)).tolist()
+    n = all_sum(torch.tensor(float(x.size(1)), device=x.device))
+    mean = all_sum(x.sum(1)) / n  # (2,)
+    of_ret, of_rest = all_sum(((x - mean[:, None]) ** 2).sum(1)).tolist()
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0
+
+
+# ----------------------------------------------------------------------------------------------
+# Several processes. Each of them must call these together.
+
+
+def process():
+    """(rank, number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def all_sum(tensor):
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(tensor):
+    """Maximum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def token_count(batch, device):
+    """Trained tokens in the Rows of all processes: what a sum of losses is divided by."""
+    return all_sum(torch.tensor(float(sum(len(rows.index) for rows in batch)), device=device))

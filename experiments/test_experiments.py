@@ -1,0 +1,150 @@
+"""test_experiments.py: layouts.py, rewards.py, compare.py and bench.py, each at its smallest size.
+
+    python -m pytest -q experiments/test_experiments.py
+"""
+import json
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import envs
+import ppo
+import train
+from experiments import bench, compare, layouts, rewards
+from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last
+from model import GPT, GPTConfig
+
+TINY = ("--preset debug --device cpu --dtype float32 --nproc 1 --agents mem1 --primer-steps 2 "
+        "--demos-steps 2 --ppo-steps 2 --ppo-batch 4 --valid-episodes 1 --eval-episodes 1 "
+        "--eval-objectives 1 2").split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "em"
+    with mock.patch("signal.signal"):  # Ctrl-C stays what it is
+        train.main([*TINY, "--out", str(out)])
+    return out
+
+
+def printed(main, argv, capsys):
+    """What a script prints with --json: one object, and nothing else."""
+    capsys.readouterr()
+    main([*map(str, argv), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def watched(monkeypatch):
+    """A mock that knows what ppo.token_rewards() was given: reward, turn_ends, ..."""
+    given = mock.Mock(side_effect=ppo.token_rewards)
+    monkeypatch.setattr(ppo, "token_rewards", given)
+    return given
+
+
+def played(env, actions):
+    """The trajectory of an episode in which the agent writes [(tag, text), ...]."""
+    traj = Trajectory(env, [TASK])
+    for tag, text in actions:
+        traj.open_turn(keep_last)
+        traj.close_turn([tag, *ENC.encode_ordinary(text), END])
+    return traj
+
+
+def test_only_the_tree_is_what_acted(run, capsys):
+    found = printed(layouts.main, ["--episodes", 3, "--objectives", 2, 4], capsys)
+    assert list(found) == ["tree", "stitched", "released"]
+    for n in "2", "4":
+        tree, stitched, released = (cells[n] for cells in found.values())
+        assert list(tree) == ["mean_nats", "max_nats", "leak", "seconds", "tokens"]
+        assert tree["max_nats"] == tree["leak"] == 0.0 < stitched["leak"]
+        assert 1e-3 < stitched["mean_nats"] < released["mean_nats"]
+        assert stitched["tokens"] == released["tokens"] < tree["tokens"]
+    assert printed(layouts.main, [run, "--episodes", 3], capsys)["tree"]["16"]["max_nats"] < 1e-4
+
+
+def test_rewards_are_what_their_names_say():
+    env = envs.ComposedQA(4, hops=(2, 2), seed=1)
+    (a, x), (b, y), (c, _), _ = env.golds
+    facts = [path[0] for path in env.paths.values()]
+    actions = [(QUERY, " ".join(fact.split()[:2])) for fact in [*facts[:3], facts[0]]]
+    traj = played(env, [*actions, (ANSWER, f"{a} {x} {b} {y} indeed {c} {x[:2]}")])
+    want = {"em": 1 / 4, "f1": (1 + 2 / 3) / 4, "partial": 2 / 4, "all": 0.0, "format": 1 / 4 + 0.2}
+    for name, share in want.items():
+        assert rewards.turn_rewards(name, traj) == pytest.approx([0.0] * 4 + [share])
+    *on_the_way, again, last = rewards.turn_rewards("step", traj)
+    assert min(on_the_way) >= 0.5 / 8 and again == 0.0 and last == 1 / 4  # found once, paid once
+
+    traj = demonstrate(envs.ComposedQA(4, hops=(2, 2), seed=1), keep_last)
+    assert rewards.turn_rewards("all", traj) == ppo.turn_rewards(traj)
+    assert sum(rewards.turn_rewards("step", traj)) == pytest.approx(1.5)
+    traj = played(envs.ComposedQA(1, seed=1, max_turns=1), [(QUERY, "x")])  # out of turns
+    assert {name: rewards.turn_rewards(name, traj) for name in want} == dict.fromkeys(want, [0.0])
+
+
+def test_a_turn_that_brings_facts_to_light_is_paid_at_its_own_last_token(monkeypatch):
+    cfg = train.Config(device="cpu", ppo_batch=2, exercises=2, ppo_epochs=1, ppo_minibatches=1)
+    trajs = [demonstrate(envs.ComposedQA(4, seed=i), keep_last) for i in range(2)]
+    given = watched(monkeypatch)
+    monkeypatch.setattr(ppo, "turn_rewards", lambda traj: rewards.turn_rewards("step", traj))
+    monkeypatch.setattr(ppo, "rollout", lambda *args: trajs)
+    model = GPT(GPTConfig(ENC.n_vocab, 1, 1, 8))
+    ppo.update(model, torch.optim.AdamW(model.parameters()), model, [], keep_last, cfg, step=0)
+    reward, turn_ends, *_ = given.call_args.args
+    lengths = [len(turn.written) for traj in trajs for turn in traj.turns]
+    assert turn_ends.nonzero()[:, 0].tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert reward.sum() == pytest.approx(3.0) and (reward > 0).sum() > 8
+
+
+def test_the_judge_climbs_the_likelihood_of_the_preferences(run, monkeypatch):
+    monkeypatch.setattr(rewards, "JUDGE_BATCH", 12)
+    cfg, models = train.load_run(run)
+    judge = train.load_model(models["mem1-demos"])
+    judge.value_head.weight.data.normal_()
+    trajs, first = rewards.preferences(judge, keep_last, cfg, step=0)
+    assert [traj.prompt for traj in trajs[::2]] == [traj.prompt for traj in trajs[1::2]]
+    alone = torch.stack([rewards.scores(judge, [traj])[0] for traj in trajs]).exp()
+    better = alone[0::2].where(first, alone[1::2])
+    likelihood = (better / (alone[0::2] + alone[1::2])).log().mean()  # Bradley and Terry's own form
+    loss = -rewards.F.logsigmoid(rewards.margins(judge, trajs, first)).mean()
+    (got,), (want,) = (torch.autograd.grad(x, judge.emb.weight) for x in (loss, -likelihood))
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monkeypatch):
+    given = watched(monkeypatch)
+    monkeypatch.setattr(rewards, "JUDGE_STEPS", 2)
+    monkeypatch.setattr("signal.signal", mock.Mock())
+    for name in "all", "judge":
+        monkeypatch.setattr(ppo, "turn_rewards", None)  # the script has to set it
+        flags = ["--start", str(run), "--out", str(run.parent / name)]
+        rewards.main(["--reward", name, *TINY, *flags])
+        assert (given.call_args.args[0] > 0).any() == (name == "judge")  # all: nothing is right yet
+    with pytest.raises(SystemExit, match="did not begin with that"):
+        rewards.main(["--reward", "em", "--resume", "--out", str(run.parent / "judge")])
+
+    path = run.parent / "judge" / "metrics.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    lines = [json.dumps({**row, "reward": reward}) for reward in [0.0, 1.0, 1.0, 1.0] * 4]
+    path.write_text("\n".join(lines))  # 0.8 of the five that begin at the second
+    groups = printed(compare.main, [run, run, run.parent / "all", path.parent], capsys)
+    assert list(groups) == ["em", "all", "judge"] and len(groups["em"]["em@2"]) == 2
+    assert groups["all"]["to 0.8"] == [None] and groups["judge"]["to 0.8"] == [6.0]
+
+
+def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
+    found = printed(bench.main, ["--quick"], capsys)
+    names = {"rollout_vs_nocache", "rollout_tok_s", "rollout_of_floor", "mfu", "env_share"}
+    names |= {f"learner_vs_per_turn_{size}" for size in ("2", "16", "64x6", "160x16")}
+    for agent in "mem1", "mem1_list", "full":
+        names |= {f"cache_growth_{agent}", f"turn_growth_{agent}"}
+    assert found.pop("rollout_vs_hf") is found.pop("update_vs_trl") is None
+    assert {*found} == names | {"iteration_s"} and all(map(math.isfinite, found.values()))
+    assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5

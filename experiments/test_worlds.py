@@ -1,0 +1,150 @@
+"""test_worlds.py: what must be true of the other worlds, each played by its demonstrator.
+
+    python -m pytest -q experiments/test_worlds.py
+"""
+import collections
+import doctest
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import envs
+from experiments import facts
+from mem1 import turn_cap
+
+COUNTRIES = str(Path(__file__).resolve().parents[1] / "assets" / "countries.tsv")
+NAMES = ["web", "shop", "dialogue", "facts"]
+CFG = {name: SimpleNamespace(env=name, hops=(1, 4), facts=COUNTRIES) for name in NAMES}
+
+
+def make(name, n, seed):
+    return envs.make_env(CFG[name], n, [seed])
+
+
+def play(env, keep_all=False, amnesic=False):
+    """The turns of the demonstrator's episode; it sees its last turn, or all turns so far."""
+    turns = []
+    while not env.done:
+        seen = "".join(turns if keep_all else turns[-1:])
+        state, kind, text = env.expert(seen, amnesic, keep_all)
+        assert 3 + len(f"{state} {text}".split()) <= turn_cap(env), "more than an agent may write"
+        turns.append(f"<IS> {state}<{kind}> {text}<end><info>{env.step(kind, text)}")
+    return turns
+
+
+def test_examples_in_docstrings_are_right():
+    assert [doctest.testmod(envs.world_module(name)).failed for name in NAMES] == [0] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_the_demonstrator_succeeds_in_both_contexts_and_only_with_memory(name, n):
+    tokens = {*envs.WORDS, *envs.extra_words(CFG[name])}  # nothing of a task has to be spelled
+    forgotten = 0
+    for seed in range(10):
+        for keep_all in False, True:
+            env = make(name, n, seed)
+            assert set(env.prompt.split()) <= tokens
+            turns = play(env, keep_all)
+            assert turns == play(make(name, n, seed), keep_all), "not the same by the same seed"
+            best = n * env.worth(env.golds[0][0], env.color) if name == "shop" else n
+            assert (env.cause, env.em) == ("answered", best)
+        control = make(name, n, seed)
+        play(control, amnesic=True)
+        forgotten += env.em - control.em
+    assert forgotten > 0 or n == 1
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=50)
+@given(st.sampled_from(NAMES), st.text(), st.text(), st.integers(1, 5),
+       st.sampled_from(["query", "answer", "malformed", "", "reset"]))
+def test_no_action_crashes_a_world(name, first, second, n, kind):
+    env = make(name, n, n)
+    env.step("query", first)
+    assert len(env.step(kind, second)) < 500
+    assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
+
+
+def test_the_web_is_shared_and_asks_for_second_tries_and_opened_pages():
+    assert make("web", 4, 1).index is make("web", 4, 2).index
+    episodes = "".join(turn for seed in range(20) for turn in play(make("web", 4, seed)))
+    assert min(episodes.count("nothing found"), episodes.count("<query> page")) > 5
+
+
+def test_what_the_user_said_last_counts():
+    fates = collections.Counter()
+    for seed in range(20):
+        env = make("dialogue", 8, seed)
+        answer = play(env)[-1].split("<answer>")[1].split("<end>")[0].split()
+        assert dict(zip(answer[::2], answer[1::2])) == {i: gold for i, gold in env.golds if gold}
+        for index, gold in env.golds:
+            if f"user {index} " in str(env.messages):  # added or corrected, else withdrawn
+                fates[bool(gold), f" {index} :" in env.prompt] += 1
+        deaf = make("dialogue", 8, seed)  # control: it fails if it ignores the user
+        deaf.messages = {}
+        play(deaf)
+        assert (deaf.em < 8) == bool(env.messages)
+    assert len(fates) == 3 and min(fates.values()) > 5, fates
+
+
+def test_the_reward_is_the_share_of_what_was_wanted():
+    env = make("shop", 8, 3)
+    _, wanted_kind, *wanted_traits, _, wanted_color, _, limit, _ = env.prompt.split()
+    for index, (kind, traits, colors, price) in env.products.items():
+        for color in colors:
+            env = make("shop", 8, 3)
+            assert f"{' '.join(traits)} in" in env.step("query", f"click {index}")
+            assert f"chosen {color}" in env.step("query", f"click {color}")
+            env.step("answer", "buy")
+            right = [trait in traits for trait in wanted_traits]
+            right += [color == wanted_color, price <= int(limit[1:])]
+            assert env.em == (8 * sum(right) / 4 if kind == wanted_kind else 0.0)
+    env = make("shop", 8, 3)
+    env.step("query", "click red")  # control: no product is open
+    env.step("answer", "buy")
+    assert env.em == 0.0
+    for seed in range(10):  # in haste, the demonstrator buys the best product so far
+        env = envs.make_env(CFG["shop"], 8, [seed], max_turns=8)
+        best = play(env)[-1].split("; ")[1].split()[0]
+        assert env.cause == "answered" and (best == env.open or best == ":")
+
+
+def test_facts_are_read_in_any_script_and_spelling(tmp_path):
+    path = tmp_path / "f.jsonl"
+    lines = ["# comment", ""]
+    for names in ("São Tomé", "r", "东京"), ("x", "y", 1), ("x", "y", 2), ("X", "z", 3):
+        fact = dict(zip(("subject", "relation", "object"), names))
+        lines += [json.dumps(fact), json.dumps(fact)]  # a fact that stands there twice counts once
+    path.write_text("\n".join(lines))
+    read = facts.read_facts(str(path))
+    assert read.known == {"São_Tomé": {"r": "东京"}, "x": {"z": "3"}}  # nothing ambiguous
+    assert sorted(read.index.search("x", 3)) == ["x y 1", "x y 2", "x z 3"]  # but it can be found
+    assert facts.parse(read, " são TOMÉ r ")[:2] == ("São_Tomé", ["r"])
+
+
+@pytest.mark.parametrize("line", [b"just one", b"a\tb\t?!", b"caf\xe9\ta\tb", b"\xff\xfea\x00",
+                                  b"{", b'{"subject": "x"}', b"[" * 200000])
+def test_a_bad_line_is_named_in_one_line(tmp_path, line):
+    path = tmp_path / ("f.jsonl" if line[:1] in b"{[" else "f.tsv")
+    path.write_bytes(b"# comment\r\n\r\n" + line)
+    with pytest.raises(ValueError, match="^.*line 3 is .{,200}; mend it$"):
+        facts.read_facts(str(path))
+
+
+@pytest.mark.parametrize("amnesic", [False, True])
+def test_each_question_asked_gets_a_line_that_says_if_it_is_wrong(amnesic):
+    read = facts.read_facts(COUNTRIES)
+    env = facts.task_of(read, "japan capital; peru capital river")
+    play(env, amnesic=amnesic)
+    first = "no answer (wrong: Tokyo)" if amnesic else "Tokyo"
+    assert facts.report(env) == [f"Japan capital: {first}", "Peru capital river: Rímac"]
+    for text in "nowhere capital", "France", "France madness", ";", "japan capital;" * 81:
+        with pytest.raises(ValueError, match="`"):
+            facts.task_of(read, text)

@@ -1,0 +1,126 @@
+"""web.py: the same questions, asked of one small web of prose, through an unreliable search engine.
+
+    python train.py --env web --agents mem1 full --eval-objectives 1 2 4 8
+    python eval.py RUN --env web                    # an agent trained elsewhere, zero-shot
+
+Unlike the private facts of envs.ComposedQA, these pages are the same in all episodes, so what
+stands there could be learned by heart.
+"""
+import functools
+
+import numpy as np
+
+from envs import INDICES, NAMES, RELATIONS, ComposedQA, SearchIndex, words
+
+LONGEST = len(INDICES)  # objectives
+
+
+class KnowledgeBase:
+    """Facts [(subject, relation, object), ...] that all episodes share, and questions about them.
+
+    What has several objects can be found, but is not asked for.
+    """
+
+    def __init__(self, triples, pages=None):
+        self.index = SearchIndex(pages or [(t[0], " ".join(t)) for t in triples])
+        objects = {}
+        for subject, relation, answer in triples:
+            objects.setdefault((subject, relation), []).append(answer)
+        self.known = {}  # subject -> {relation: object}
+        for subject, relation, answer in triples:
+            if len(objects[subject, relation]) == 1:
+                self.known.setdefault(subject, {})[relation] = answer
+        self.subjects = sorted(self.known)
+
+    def draw(self, n, hops, rng):
+        """n random questions [(subject, relations, path), ...], on different subjects if possible.
+
+        With fewer hops than were drawn, where the facts do not lead on.
+        """
+        order = rng.permutation(len(self.subjects))
+        questions = []
+        for k in range(n):
+            pick = order[k] if k < len(order) else rng.integers(len(self.subjects))
+            start = subject = self.subjects[pick]
+            relations = []
+            for _ in range(rng.integers(hops[0], hops[1] + 1)):
+                onward = [r for r in self.known.get(subject, {}) if r not in relations]
+                if onward:
+                    relations.append(onward[rng.integers(len(onward))])
+                    subject = self.known[subject][relations[-1]]
+            questions.append(self.follow(start, relations))
+        return questions
+
+    def follow(self, start, relations):
+        """(subject, relations, path) of a question. ValueError if there is no such fact."""
+        subject, path = start, []
+        for relation in relations:
+            known = self.known.get(subject, {})
+            if relation not in known:
+                raise ValueError(f"there is no one fact `{subject} {relation}`; known of it: "
+                                 f"{', '.join(known) or 'nothing'}")
+            path.append(f"{subject} {relation} {known[relation]}")
+            subject = known[relation]
+        return start, relations, path
+
+
+@functools.cache
+def corpus():
+    """A small web that all episodes share: about 2300 pages of prose, near-duplicates among them.
+
+    Some facts stand on the page of their subject only; a search for them says to open it.
+    """
+    rng = np.random.default_rng(2506)
+    phrases = ["they say that {}.", "{}, as of old.", "it is known: {}.", "{}, we hear.",
+               "by all accounts {}."]
+    triples, pages = [], []
+    for subject in NAMES:
+        mine = []
+        for relation in rng.choice(RELATIONS, 6, replace=False):
+            mine.append((subject, str(relation), str(rng.choice(NAMES))))
+        for triple in mine:
+            relation = triple[1]
+            if rng.random() < 0.1:
+                hint = f"{subject}: of its {relation} see page {subject}."
+                pages.append((f"{subject} {relation}", hint))
+                continue
+            for phrase in rng.choice(phrases, rng.integers(1, 4), replace=False):
+                pages.append((subject, f"{subject}: {phrase.format(' '.join(triple))}"))
+        triples += mine
+    return KnowledgeBase(triples, [pages[i] for i in rng.permutation(len(pages))])
+
+
+class WebQA(ComposedQA):
+    """The same questions, asked of corpus() through a search engine as unreliable as real ones.
+
+    One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
+    """
+
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None):
+        max_turns = max_turns or 2 * hops[1] * (n_objectives + 1) + 2
+        super().__init__(n_objectives, hops, seed, max_turns)
+        self.luck = np.random.default_rng([*np.ravel(seed), 1])
+        self.tried = set()
+
+    def compose(self, indices, hops, kind, names, rng):
+        return [], corpus().draw(len(indices), hops, rng), corpus().index
+
+    def search(self, query):
+        query = " ".join(words(query)[:64])
+        if query not in self.tried:
+            self.tried.add(query)
+            if self.luck.random() < 0.1:
+                return []
+        if query.startswith("page "):
+            subject = query.split()[1]
+            facts = corpus().known.get(subject, {})
+            return [", ".join(f"{subject} {r} {o}" for r, o in facts.items())] if facts else []
+        return super().search(query)
+
+
+def make_env(cfg, n_objectives, seed, max_turns=None):
+    return WebQA(n_objectives, cfg.hops, seed, max_turns)
+
+
+def extra_words(cfg):
+    return []
