@@ -4,9 +4,8 @@
     PROFILE=thorough python -m pytest -q test_mem1.py     # more examples, a kill at every write
 
 An oracle is written differently from the code that it checks: each context encoded whole without a
-cache, a dense mask under plain formulas, a double sum, an independent scorer. Each property has a
-positive control: something that must change, and does. At the end known bugs are put back in, the
-mutants, and a test has to fail for each.
+cache, a dense mask under plain formulas, a double sum, an independent scorer. At the end known bugs
+are put back in, the mutants, and a test has to fail for each.
 """
 import dataclasses
 import doctest
@@ -48,7 +47,7 @@ from mem1 import (ANSWER, END, ENC, IS, LAYOUTS, POLICIES, QUERY, TAG_IDS, demon
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"
-EXAMPLES = 250 if THOROUGH else 20
+EXAMPLES = 300 if THOROUGH else 30
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True,
                           max_examples=EXAMPLES)
 settings.load_profile("mem1")
@@ -130,6 +129,7 @@ policies = one_of(sampled_from([*POLICIES.values()]),
                   lists(booleans(), min_size=9, max_size=12).map(subsets))
 turn_counts = lists(integers(1, 6), min_size=1, max_size=4)
 seeds = integers(0, 99)
+names = sampled_from(envs.NAMES[:3])
 budgets = sampled_from([1, 64, 200, 8192])
 
 # ----------------------------------------------------------------------------------------------
@@ -201,7 +201,6 @@ def dense(gpt, traj):
 @given(policies, turn_counts, seeds, sampled_from([*LAYOUTS]), budgets, integers(0, 4))
 @example(keep_last, [3, 6], 0, "tree", 64, 1)
 @example(keep_last, [3, 6], 0, "stitched", 8192, 0)
-@example(keep_last, [3, 6], 0, "released", 8192, 0)
 def test_rows_equal_the_dense_mask_in_outputs_and_gradients(
         policy, turns, seed, layout, budget, split):
     gpt = talkative()
@@ -219,15 +218,15 @@ def test_rows_equal_the_dense_mask_in_outputs_and_gradients(
 def test_mask_and_rows_show_each_token_its_context_and_train_it_once(policy, turns, seed):
     trajs = play(talkative(), policy, turns, seed)
     want = [pair for traj in trajs for pair in contexts(traj, policy)]
-    shown, found = [], []
+    shown, batch = [], make_rows(trajs, 64)
     for traj in trajs:
         (ids, parent, trained), see = mem1.tree(traj), mem1.attention_mask(traj)
         for i in np.flatnonzero(trained):
             shown.append((np.array(ids)[see[parent[i]]].tolist(), ids[i]))
-    for rows in make_rows(trajs, 64):
-        for i, (b, t) in zip(rows.index, rows.loss_mask.nonzero(), strict=True):
-            found.append((i.item(), (rows.ids[b, :t].tolist(), rows.ids[b, t].item())))
-    assert shown == want and sorted(found) == [*enumerate(want)]
+    assert shown == want
+    order = cat([rows.index for rows in batch]).argsort()
+    tokens = cat([rows.ids[rows.loss_mask] for rows in batch])[order]
+    assert tokens.tolist() == [token for _, token in want]
 
 
 def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
@@ -247,15 +246,13 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
         assert predict(gpt, rows)[0][i] == logp[i]
 
 
-@parametrize("layout, n_layer, plain, exact", [
-    ("stitched", 1, True, 6), ("stitched", 2, True, 2), ("stitched", 2, False, 2),
-    ("released", 2, False, 1)])
-def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(
-        layout, n_layer, plain, exact):
-    gpt = talkative(n_layer=n_layer, n_head=16 if plain else 2)  # heads of 2 have no positions
-    for block in gpt.blocks:
-        if plain:
-            block.taps.data.zero_()  # nor a convolution: what is left is what keys carry
+@parametrize("layout, plain, exact", [
+    ("stitched", True, 6), ("stitched", False, 2), ("released", False, 1)])
+def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, plain, exact):
+    gpt = talkative()
+    if plain:  # one layer, without convolution, and heads of 2 channels, which have no positions:
+        gpt = talkative(n_layer=1, n_head=16)
+        gpt.blocks[0].taps.data.zero_()  # what differs otherwise is what these carry
     trajs = play(gpt, keep_last, [6, 5, 6])
     turn = tensor([t for traj in trajs for t, this in enumerate(traj.turns) for _ in this.written])
     off = (learned(gpt, [LAYOUTS[layout](traj) for traj in trajs])[0] - acted(trajs)[0]).abs()
@@ -263,7 +260,7 @@ def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(
     assert all(off[turn == t].max() > 1e-3 for t in range(exact, 6))
 
 
-@given(policies, lists(integers(2, 5), min_size=2, max_size=4), seeds, sampled_from([8.0, -99.0]))
+@given(policies, lists(integers(2, 4), min_size=2, max_size=3), seeds, sampled_from([8.0, -99.0]))
 @example(keep_last, [5, 4, 6], 1, 8.0)
 @example(keep_last, [2, 4, 3], 1, -99.0)
 def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, ends):
@@ -281,12 +278,14 @@ def test_peak_and_dependency_count_what_each_token_looked_back_on(policy):
     traj = demonstrate(ComposedQA(5, seed=1), policy)
     looked = [len(context) - len(traj.prompt) for context, _ in contexts(traj, policy)]
     assert traj.peak == max(looked) + 1 and traj.dependency == sum(looked) + len(looked) / 2
+    assert (traj.env.em == 5) == (policy in (keep_last, keep_all))  # who keeps less knows less
 
 
 def test_notes_keep_the_turns_most_like_the_query_and_of_equals_the_later():
     said = [7, 8], [7], [9, 7], [], [7, 8]
     turns = [mem1.Turn([IS], [QUERY, *words, END], []) for words in said]
     assert mem1.keep_similar(turns) == keep_all([turns[0], turns[2], turns[4]])
+    assert mem1.keep_window(turns) == keep_all(turns[2:])
 
 
 def test_no_tensor_is_made_on_another_device(monkeypatch):
@@ -305,13 +304,10 @@ def test_no_tensor_is_made_on_another_device(monkeypatch):
 
 def test_in_low_precision_sampler_and_learner_still_agree_roughly():
     gpt = talkative().float()
-    off = []
-    for gpt.bfloat16_products in False, True:
-        trajs = play(gpt, keep_last, [4, 3, 5])
-        found = learned(gpt, trajs)[:2]
-        assert found.dtype == torch.float32
-        off.append(far(found, acted(trajs)))
-    assert off[0] < 1e-5 < off[1] < 0.1
+    gpt.bfloat16_products = True
+    trajs = play(gpt, keep_last, [4, 3, 5])
+    found = learned(gpt, trajs)[:2]
+    assert found.dtype == torch.float32 and 1e-5 < far(found, acted(trajs)) < 0.1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -322,10 +318,10 @@ texts = one_of(text(), lists(sampled_from(odd)).map("".join))
 
 
 @given(texts)
-def test_any_text_round_trips_and_none_yields_a_tag(text):
-    ids = ENC.encode_ordinary(text)
+def test_any_text_round_trips_and_none_yields_a_tag(said):
+    ids = ENC.encode_ordinary(said)
     assert not set(ids) & set(TAG_IDS)
-    assert ENC.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert ENC.decode(ids) == said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def test_tokens_never_pass_through_text_and_forged_tags_stay_text():
@@ -339,7 +335,6 @@ def test_tokens_never_pass_through_text_and_forged_tags_stay_text():
 
 
 @given(lists(sampled_from([200, 300, QUERY, ANSWER, END, IS]), max_size=6))
-@example([300, QUERY, 200, END])
 @example([ANSWER, END, 300])
 def test_the_parser_takes_anything_loses_nothing_and_agrees_with_a_regex(ids):
     kind, state, action, said = mem1.parse(ids)
@@ -361,14 +356,16 @@ def test_the_environment_survives_any_action(first, second, kind, n):
     env.step("query", first)
     assert len(env.step(kind, second)) < 500
     assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
+    while not env.done:
+        env.step("query", first)
+    assert kind != "query" or env.turn == env.max_turns
 
 
 @parametrize("policy", [keep_last, keep_all])
-@parametrize("hops", [(1, 2), (3, 3), (1, 3)])
 @parametrize("kind", ["list", "chain", "count"])
-def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(policy, hops, kind):
+def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(policy, kind):
     def episode(n, seed, max_turns=None, amnesic=False):
-        traj = demonstrate(ComposedQA(n, hops, seed, max_turns, (kind,)), policy, amnesic)
+        traj = demonstrate(ComposedQA(n, (1, 3), seed, max_turns, (kind,)), policy, amnesic)
         longest.append(max(len(ENC.decode(turn.state).split()) for turn in traj.turns))
         assert traj.env.cause == "answered"
         return traj.env.em
@@ -381,13 +378,8 @@ def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(poli
         assert np.mean([episode(16, seed, **harm) for seed in range(8)]) < 12
 
 
-def test_the_demonstrator_knows_no_more_than_its_context_holds():
-    solved = [demonstrate(ComposedQA(16, seed=1), policy).env.em for policy in POLICIES.values()]
-    assert solved[:2] == [16, 16] and 1 < max(solved[2:]) < 5
-
-
-some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|milu|"
-             "pupil|neighbour|count|jelo pupil jero|#64 : jelo pupil #65|<query>(( x").split("|")
+some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
+             "milu|pupil|heir|count|jelo pupil jero|#64 : jelo pupil #65|<query>(( x").split("|")
 
 
 @given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans(), booleans(),
@@ -413,10 +405,7 @@ def test_the_search_tool_ranks_as_a_slow_bm25_does():
         a, b, _ = fact.split()
         best = sorted(range(len(pages)), key=lambda i: -score(pages[i], a) - score(pages[i], b))[:3]
         assert env.search(f"{a} {b}") == [facts[i] for i in sorted(best)]
-    assert env.search("") == env.search("?!") == env.search("nobody knows") == []
-
-
-names = sampled_from(envs.NAMES[:3])
+    assert env.search("?!") == env.search("nobody knows") == []
 
 
 @given(lists(names, min_size=1), lists(tuples(integers(0, 6), lists(names, max_size=2))))
@@ -431,21 +420,23 @@ def test_scores_equal_those_of_an_independent_scorer(golds, said):
     assert envs.score(f"so: {answer}!", pairs) == (em, approx(f1))
 
 
-def test_the_counting_exercise_counts_as_a_slow_reader_does():
+def test_the_exercises_count_and_look_up_as_a_slow_reader_does():
     counted = []
     for seed in range(300):
-        asked, (_, *parts, _) = envs.primer(default_rng(seed), 12, kinds=["count"])
-        if asked.startswith(" count #"):
+        asked, ((skill, _), *parts, _) = envs.primer(default_rng(seed), 12, kinds=["count"])
+        pairs = [(said, kept) for (said, _), (kept, _) in zip(parts[::2], parts[1::2])]
+        if skill == " count":
             _, start, name = asked.split()
             total = int(start[1:])
-            for (said, _), kept in zip(parts[::2], parts[1::2]):
+            for said, kept in pairs:
                 counted.append(said.split()[1] == name)
                 total += counted[-1]
-                assert kept == (f"{' count' if counted[-1] else ''} ; #{total}", True)
+                assert kept == f"{' count' if counted[-1] else ''} ; #{total}"
+        assert skill == " count" or all(said + kept in asked for said, kept in pairs)
     assert 0.3 < np.mean(counted) < 0.7
 
 
-def test_no_two_streams_share_an_episode_and_a_key_gives_the_same(monkeypatch):
+def test_no_two_streams_share_an_episode(monkeypatch):
     monkeypatch.setattr(train, "rollout", lambda gpt, environments, policy: environments)
     cfg, played = train.Config(), []
     for stream in Stream.DEMOS, Stream.PPO:
@@ -453,7 +444,16 @@ def test_no_two_streams_share_an_episode_and_a_key_gives_the_same(monkeypatch):
     for stream in Stream.VALID, Stream.TEST:
         played += train.play(0, 0, cfg, 2, 99, stream)
     assert len({env.prompt for env in played}) == 4 * 99
-    assert played[7].prompt == train.training_env(cfg, Stream.DEMOS, 0, 7, 2).prompt
+
+
+def test_demonstrations_forget_as_often_as_told_and_spread_their_positions():
+    cfg = train.Config(objectives=(4, 4), forget=0.8)
+    trajs = [train.demonstration(cfg, "mem1", 0, i, 900, 40) for i in range(40)]
+    assert 0 < np.mean([traj.reward == 1 for traj in trajs]) < 0.4
+    assert 700 < max(traj.positions[-1] for traj in trajs) < 900
+    for traj in trajs:
+        pos = make_rows([traj])[0].pos[0]
+        assert (pos == tensor(traj.positions)).all()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -491,10 +491,7 @@ def test_losses_and_estimates_are_what_their_names_say():
     logp = ratio.log().requires_grad_()
     ppo.policy_loss(logp, zeros(8), adv).sum().backward()  # the clip stops what has gone far enough
     assert logp.grad.tolist() == approx([-0.7, -0.9, -1.1, 0, 0, 0.9, 1.1, 1.3])
-    assert ppo.clipped(ratio.log(), zeros(8)).tolist() == [1, 0, 0, 1] * 2
-    loss = ppo.value_loss(tensor([0.1, 0.5, 0.5, -0.5]), zeros(4), tensor([1, 1, 0, 1]))
-    assert loss.tolist() == approx([0.405, 0.32, 0.125, 1.125])  # 0.9**2 / 2, ...
-    assert not ppo.whiten(ones(5)).any() and ppo.explained_variance(loss, loss + 7) == 1
+    assert not ppo.whiten(ones(5)).any()
     p, q = randn(2, 9, generator=torch.manual_seed(0)).double().log_softmax(1)
     k3 = ppo.approx_kl(q, p)
     assert far(p.exp() @ k3, p.exp() @ (p - q)) < 1e-12 <= k3.min()
@@ -502,6 +499,30 @@ def test_losses_and_estimates_are_what_their_names_say():
 
 ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, micro_batch=60,
                       gamma=0.9, lam=0.8, kl_coef=0.1, value_coef=0.5)  # every term counts
+
+
+def sgd(gpt):
+    return torch.optim.SGD(gpt.parameters(), lr=0.3)
+
+
+def descend(gpt, loss):
+    """One step by hand. Returns the norm of the gradient."""
+    gpt.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), ALL_ON.grad_clip)
+    sgd(gpt).step()
+    return norm.item()
+
+
+def test_imitation_equals_an_independent_computation():
+    gpt, twin = talkative(), talkative()
+    trajs = [exercise(ALL_ON, 0, 0, 4), demonstrate(ComposedQA(2), keep_last)]
+    train.imitate(gpt, sgd(gpt), trajs, ALL_ON)
+    reading, task = [dense(twin, traj) for traj in trajs]
+    error = ALL_ON.value_coef / 2 * (task[1] - 1) ** 2  # the demonstrator earns 1
+    loss = (error - task[0]).sum() - reading[0].sum()
+    descend(twin, loss / (reading.size(1) + task.size(1)))
+    assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-7
 
 
 def slow_update(gpt, reference, cfg):
@@ -523,7 +544,7 @@ def slow_update(gpt, reference, cfg):
     ret = adv + old_value
     white = (adv - adv.mean()) / (adv.var(correction=0) + 1e-8).sqrt()
 
-    sgd, looks = torch.optim.SGD(gpt.parameters(), lr=0.3), []
+    looks = []
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(ppo.minibatches(cfg, 0, epoch)):
             logp, value, entropy = forward(gpt, [views[e] for e in chosen])
@@ -534,13 +555,10 @@ def slow_update(gpt, reference, cfg):
             error = (stack([value, near]) - ret[i]).square().amax(0)
             reading = forward(gpt, ppo.exercises(cfg, 0, epoch, k))[0]
             loss = (cfg.value_coef / 2 * error - gain).mean() - cfg.primer_coef * reading.mean()
-            sgd.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), cfg.grad_clip).item()
-            sgd.step()
+            norm = descend(gpt, loss)
             looks.append(stack([ratio - 1 - ratio.log(), (ratio - 1).abs() > 0.2, entropy]))
-    kl, clip, ent = cat(looks, 1).mean(1).tolist()
-    return dict(kl=kl, clip=clip, ent=ent, ev=1 - (adv.var() / ret.var()).item(), norm=norm)
+    means = dict(zip(("kl", "clip", "ent"), cat(looks, 1).mean(1).tolist()))
+    return dict(means, ev=1 - (adv.var() / ret.var()).item(), norm=norm)
 
 
 @parametrize("layout, epochs, cap", [
@@ -549,16 +567,13 @@ def test_one_whole_update_equals_an_independent_computation(layout, epochs, cap)
     cfg = dataclasses.replace(ALL_ON, layout=layout, ppo_epochs=epochs, ppo_minibatches=epochs)
     gpt, twin, reference = [talkative(seed) for seed in (0, 0, 1)]
     with mutated("mem1.turn_cap", "return", f"return {cap} or"):  # episodes of one token
-        sgd = torch.optim.SGD(gpt.parameters(), lr=0.3)
-        row = ppo.update(gpt, sgd, reference, worlds(), keep_last, cfg, 0)
+        row = ppo.update(gpt, sgd(gpt), reference, worlds(), keep_last, cfg, 0)
         want = slow_update(twin, reference, cfg)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
     assert (row["gap"] < 1e-10) == (layout == "tree")
-    if epochs == 1:  # before the first update the ratio is one
-        assert row["clip"] == 0 and abs(row["kl"]) < 1e-12
-    elif cap == 27:  # control
-        assert 0.1 < row["clip"] < 0.9 and row["norm"] > cfg.grad_clip
+    # Before the first update the ratio is one; later it is clipped, and so is the gradient.
+    assert row["clip"] == 0 if epochs == 1 else cap < 27 or 0.1 < row["clip"] < 0.9 < row["norm"]
 
 
 class Cue(AnyWorld):
@@ -592,10 +607,6 @@ def test_ppo_learns_to_carry_a_cue_in_the_state_unless_it_is_blanked(monkeypatch
     assert max(earned) > 0.9 if learns else max(earned) < 0.7
 
 
-# ----------------------------------------------------------------------------------------------
-# Several processes
-
-
 def train_a_little(rank, world_size, folder):
     """Two steps of imitation and of PPO in one of the processes; leaves weights and log."""
     gpt = learner = talkative()
@@ -605,11 +616,14 @@ def train_a_little(rank, world_size, folder):
     cfg = dataclasses.replace(ALL_ON, ppo_minibatches=3)
     adam = torch.optim.AdamW(gpt.parameters(), lr=1e-3)
     for step in range(2):
-        trajs = [exercise(cfg, step, i, 4) for i in range(3)] + [demonstrate(ComposedQA(2), keep_last)]
+        trajs = [exercise(cfg, step, i, 4) for i in range(3)]
+        trajs.append(demonstrate(ComposedQA(2), keep_last))
         train.imitate(learner, adam, trajs[rank::world_size], cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, adam, talkative(1), mine, keep_last, cfg, step)
-    torch.save([gpt.state_dict(), row], folder / f"{rank} of {world_size}")
+    torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path):
@@ -618,13 +632,13 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
     weights, row = torch.load(tmp_path / "0 of 1")
     for name in "0 of 2", "1 of 2":
         same_weights, same_row = torch.load(tmp_path / name)
-        assert max(far(weights[key], same_weights[key]) for key in weights) < 1e-9
+        assert max(map(far, weights, same_weights)) < 1e-9
         assert row == approx(same_row, rel=1e-5, abs=1e-9)
-    assert far(weights["emb.weight"], talkative().emb.weight) > 1e-3  # control
+    assert far(weights[0], talkative().emb.weight) > 1e-3  # control
 
 
 # ----------------------------------------------------------------------------------------------
-# Runs
+# Runs, and what is written about them
 
 TINY = ("--preset debug --device cpu --primer-steps 4 --primer-batch 8 --demos-steps 4 "
         "--ppo-steps 4 --ppo-batch 6 --ppo-minibatches 2 --eval-every 2 --valid-episodes 2 "
@@ -635,7 +649,7 @@ def run(*flags, main=train.main):
     """train.py in this process: (exit code, lines on stderr)."""
     said = io.StringIO()
     with redirect_stderr(said), pytest.raises(SystemExit) as end:
-        sys.exit(main([str(flag) for flag in flags]) or 0)
+        sys.exit(main([*map(str, flags)]) or 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return end.value.code, said.getvalue().splitlines()
 
@@ -665,7 +679,7 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     assert steps == [(stage, step) for stage in stages for step in (1, 2, 3, 4)]
     table = json.loads((finished / "results.json").read_text())
     assert list(table) == ["mem1", "mem1-demos", "full", "full-demos", "truncate", "meta"]
-    assert {"em", "f1", "peak", "dependency", "turns", "right"} <= set(table["mem1"]["2"])
+    assert {"em", "f1", "peak", "dependency"} <= set(table["mem1"]["2"])
 
 
 class Killed(BaseException):
@@ -673,8 +687,8 @@ class Killed(BaseException):
 
 
 @parametrize("how, calls", [
-    (signal.SIGINT, 9), (signal.SIGTERM, 40), (OSError, 2), (OSError, 30), (Killed, 5), (Killed, 23),
-    (Killed, 60), *((signal.SIGKILL, calls) for calls in range(1, 64) if THOROUGH)])
+    (signal.SIGINT, 9), (signal.SIGTERM, 40), (OSError, 2), (OSError, 30),
+    *((Killed, calls) for calls in range(1, 64, 1 if THOROUGH else 20))])
 def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp_path, how, calls):
     left = iter(range(calls))
 
@@ -688,11 +702,8 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
     with pytest.MonkeyPatch.context() as patch, suppress(Killed):
         for owner, name in (os, "fsync"), (os, "replace"), (ppo, "optimizer_step"):
             patch.setattr(owner, name, functools.partial(strike, then=getattr(owner, name)))
-        if how == signal.SIGKILL and os.fork():
-            os.wait()
-        else:
-            code, lines = run(*TINY, tmp_path)
-            assert (code, len(lines)) == ((1, 1) if how is OSError else (128 + how, 0))
+        code, lines = run(*TINY, tmp_path)
+        assert (code, len(lines)) == ((1, 1) if how is OSError else (128 + how, 0))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "pri')  # the power went as well
     flags = ["--resume", "--out"] if (tmp_path / "checkpoint.pt").exists() else TINY
@@ -717,28 +728,20 @@ class Trap:
         return os.abort, ()
 
 
-@settings(max_examples=3 * EXAMPLES)
-@given(sampled_from(["flipped", "cut off", {}, Trap()]), integers(0, 10**9))
-def test_a_damaged_foreign_or_malicious_checkpoint_is_refused_in_one_line(finished, harm, at):
-    path = finished.parent / "checkpoint.pt"
+@given(sampled_from(["flipped", "cut off", "config", {}, Trap()]), integers(0, 10**9))
+def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, harm, at):
+    path, config = finished.parent / "checkpoint.pt", (finished / "config.json").read_text()
+    cut = at % len(config) if harm == "config" else None
+    path.with_name("config.json").write_text(config[:cut])
     data = bytearray((finished / "checkpoint.pt").read_bytes())
     at %= len(data)
     if harm == "flipped":
         data[at] ^= 1 << at % 8
-        path.write_bytes(data)
-    elif harm == "cut off":
-        path.write_bytes(data[:at])
-    else:
+    path.write_bytes(data[:at] if harm == "cut off" else data)
+    if not isinstance(harm, str):
         torch.save(harm, path)
-    with pytest.raises(ValueError, match=r"^[^\n]*checkpoint.pt[^\n]*$"):
-        train.load_checkpoint(path.parent)
-
-
-@parametrize("content", ["", "{", "[]", "null", "1", '{"config": 1}', '{"config": {"seed": -1}}'])
-def test_what_is_not_a_configuration_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    code, (line,) = run("--resume", "--out", tmp_path)
-    assert code == 2 and "config.json" in line
+    with pytest.raises(ValueError, match=r"^[^\n]*(checkpoint.pt|config.json)[^\n]*$"):
+        train.load_run(path.parent)
 
 
 @parametrize("bad", [
@@ -757,8 +760,8 @@ def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
 
 
 FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)]
-VALUES = ("0 1 2 3 7 -1 1000 100000000000000000000 0.5 1e400 nan x mem1 full qa web shop list count "
-          "chain debug gpu cpu cuda auto / /dev/null envs.py #64 é").split() + ["", "\udcff", "a" * 300]
+VALUES = ("0 1 2 3 7 -1 1000 100000000000000000000 0.5 1e400 nan x mem1 full qa web shop list "
+          "count chain debug gpu cpu cuda auto / /dev/null envs.py #64 é a \udcff").split()
 
 
 @settings(max_examples=5 * EXAMPLES)
@@ -773,12 +776,12 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
             assert train.training_env(found, Stream.TEST, 0, 0, n).prompt
 
 
+@pytest.mark.skipif(os.cpu_count() < 2, reason="--nproc 2 needs two cores")
 def test_two_processes_train_as_one_and_a_killed_worker_ends_them_in_one_line(finished, tmp_path):
     flags = *TINY, str(tmp_path), "--agents", "mem1", "--ppo-steps", "999", "--nproc", "2"
     launcher = subprocess.Popen([sys.executable, "train.py", *flags], cwd=HERE, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not launcher.stdout.readline().startswith("ppo"):
-        assert launcher.poll() is None
+    assert any(line.startswith("ppo") for line in launcher.stdout)
     workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, said = launcher.communicate(timeout=60)
@@ -787,13 +790,10 @@ def test_two_processes_train_as_one_and_a_killed_worker_ends_them_in_one_line(fi
         assert two["loss"] == approx(one["loss"], rel=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------
-# What is written about the code
-
 README = (HERE / "README.md").read_text()
 
 
-@parametrize("module", [envs, model, mem1, ppo, train, evaluation], ids=str)
+@parametrize("module", [envs, model, mem1, ppo, train, evaluation])
 def test_the_examples_in_docstrings_are_right(module):
     assert doctest.testmod(module).failed == 0
 
@@ -801,7 +801,7 @@ def test_the_examples_in_docstrings_are_right(module):
 def test_every_test_and_flag_that_the_readme_names_exists():
     code = "".join(path.read_text() for path in HERE.glob("**/*.py"))
     names = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", README)
-    assert names and [name for name in names if f"def {name}" not in code] == []
+    assert names and all(f"def {name}" in code for name in names)
     known = {*FLAGS, "--help", "--index-url", *re.findall(r'"(--[a-z-]+)"', code)}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
@@ -811,73 +811,59 @@ def test_the_table_of_the_readme_is_what_was_measured():
 
 
 # ----------------------------------------------------------------------------------------------
-# The test of the tests: each mutant is a bug that somebody had, put back in
+# The test of the tests: bugs that somebody had are put back in, and a test has to fail for each:
+# name | function | a snippet of it | what replaces the snippet | beginning of the test's name
 
-MUTANTS = '''
-a 0/1 mask is added to the scores | model.Block.forward | k, v, mask,
-    | k, v, mask if mask is None else mask.to(q), | rows_equal
+MUTANTS = dict(entry.split(" | ", 1) for entry in re.split(r"\n(?=\S)", '''\
+the mask is added as 0 and 1 | model.Block.forward | v, mask,
+    | v, mask if mask is None else mask.to(q), | rows_equal
 later tokens are seen | model.Block.forward | is_causal=mask is None | is_causal=False | sampler
-a token is predicted by its own row | mem1.predict | x[:, :-1][trained] | x[:, 1:][trained]
-    | sampler
-positions go on where something was pruned | mem1.collate | pos[b, :n] =
+a token is predicted at its own row | mem1.predict | x[:, :-1] | x[:, 1:] | sampler
+positions go on after pruning | mem1.collate | pos[b, :n] =
     | pos[b, len(traj.prompt) :] = offset; pos[b, :n] += | sampler
-the convolution still sees what was pruned | model.Cache.rollback | self.prompt_tail[:, :B]
-    | self.tail[:, :B] | sampler
-rows change places, their lengths do not | model.Cache.compact | in self.n, self.prompt_n
-    | in [self.prompt_n] | sampler
-what is given is trained | mem1.Trajectory.open_turn | loss_mask=False | loss_mask=True
-    | mask_and_rows
-the end of a turn is not trained | mem1.Trajectory.close_turn | self.cached = len(branch.ids) - 1
-    | self.cached, branch.loss_mask[-1] = len(branch.ids) - 1, False | mask_and_rows
-what is read counts in the advantages | mem1.recorded | branch.loss_mask) if trained
-    | branch.loss_mask) | sampler
-what was written goes through text | mem1.Trajectory.close_turn | parse(ids)
+convolution sees pruned tokens | model.Cache.rollback | self.prompt_tail[:, | self.tail[:, | sampler
+rows move without their lengths | model.Cache.compact | self.n, self.prompt_n | [self.prompt_n]
+    | sampler
+given tokens are trained | mem1.Trajectory.open_turn | loss_mask=False | loss_mask=True | mask_and
+<end> is not trained | mem1.Trajectory.close_turn | self.cached = len(branch.ids) - 1
+    | self.cached, branch.loss_mask[-1] = len(branch.ids) - 1, False | mask_and
+read tokens get advantages | mem1.recorded | _mask) if trained | _mask) | sampler
+tokens pass through text | mem1.Trajectory.close_turn | parse(ids)
     | parse(ENC.encoding.encode(ENC.decode(ids), allowed_special="all")) | tokens_never
-packing uses its input up | mem1.make_rows | lines, offset = [], 0
-    | lines, offset = [], trajs[0].turns.append(9) or 0 | rows_equal
-sampled at temperature 0.9, recorded at 1 | mem1.sample | logps.exp() | (logps / 0.9).exp()
-    | what_is_recorded
-the cap on a turn is one too few | mem1.write | t + 1 < cap[row] | t + 2 < cap[row] | an_episode
-the cap is one too many beside a longer row | mem1.write | t + 1 < cap[row] | t < cap[row]
-    | an_episode
-every row has the longest cap | mem1.write | torch.tensor(caps, | torch.tensor([max(caps)] * B,
-    | an_episode
-words may follow <end> | mem1.parse | ids[-1:] != [END] | not ids | the_parser
-of equal notes the earlier are kept | mem1.keep_similar | ), t | ), -t | notes
-entropy is that of the token | mem1.predict | -(logps.exp() * logps).sum(-1) | -logp | rows_equal
-the reward is not divided by the objectives | mem1.Trajectory.reward | / self.env.n_objectives |
-    | one_whole
-an episode is paid its neighbour's reward | ppo.update | for traj in trajs for r in
-    | for traj in trajs[::-1] for r in | one_whole
-the first turn is paid, not the last | ppo.turn_rewards
-    | return [0.0] * (len(traj.turns) - 1) + [traj.reward]
-    | return [traj.reward] + [0.0] * (len(traj.turns) - 1) | one_whole
-the loss is a mean in each micro-batch | ppo.update | value_term).sum() / n | value_term).mean()
-    | one_whole
-advantages run on into the next episode | ppo.gae | if end[t] | if t == len(r) - 1 | gae
+packing changes its input | mem1.make_rows | lines, | trajs[0].turns.append(9); lines, | rows_equal
+sampled at temperature 0.9 | mem1.sample | logps.exp() | (logps / 0.9).exp() | what_is_recorded
+turn cap one too few | mem1.write | t + 1 < cap[row] | t + 2 < cap[row] | an_episode
+turn cap one too many beside others | mem1.write | t + 1 < cap[row] | t < cap[row] | an_episode
+every row has the longest cap | mem1.write | tensor(caps, | tensor([max(caps)] * B, | an_episode
+text after <end> is accepted | mem1.parse | ids[-1:] != [END] | not ids | the_parser
+ties between notes go to the earlier | mem1.keep_similar | ), t | ), -t | notes
+entropy is minus logp | mem1.predict | -(logps.exp() * logps).sum(-1) | -logp | rows_equal
+one turn beyond the budget | envs.Env.step | left > 0 | left >= 0 | the_environment
+forget is inverted | train.demonstration | < cfg.forget | > cfg.forget | demonstrations
+imitation lowers the likelihood | train.imitate | (-logp + | (logp + | imitation
+reward not divided by objectives | mem1.Trajectory.reward | / self.env.n_objectives | | one_whole
+reward of another episode | ppo.update | in trajs for r | in trajs[::-1] for r | one_whole
+reward at the first turn | ppo.turn_rewards | return
+    | return [traj.reward] + [0.0] * (len(traj.turns) - 1) or | one_whole
+loss is a mean in each micro-batch | ppo.update | term).sum() / n | term).mean() | one_whole
+advantages cross episodes | ppo.gae | if end[t] | if t == len(r) - 1 | gae
 the clip acts in both directions | ppo.policy_loss | torch.min(ratio * adv, | ( | losses
 whitening a constant divides by zero | ppo.whiten | (var + 1e-8).rsqrt() | var.rsqrt() | losses
-the KL is the difference alone | ppo.approx_kl | log_ratio.expm1() - log_ratio | -log_ratio
-    | losses
+KL is the difference alone | ppo.approx_kl | log_ratio.expm1() - log_ratio | -log_ratio | losses
 no whitening | ppo.update | whiten(adv) | adv | one_whole
-returns from whitened advantages | ppo.update | adv = whiten(adv)
-    | adv = whiten(adv); ret = adv + old_value | one_whole
-old values are zero | ppo.update | (recorded(trajs, "value"), **like)
-    | (recorded(trajs, "value"), **like) * 0 | one_whole
-gamma and lambda are exchanged | ppo.update | cfg.gamma, cfg.lam | cfg.lam, cfg.gamma | one_whole
-the reference is the learner | ppo.update | predict(reference, rows) | predict(raw, rows)
-    | one_whole
-leaving the reference is free | ppo.update | ref_logp, cfg.kl_coef | ref_logp, 0.0 | one_whole
-reading is unlearned | ppo.update | -cfg.primer_coef | cfg.primer_coef | one_whole
+whitened returns | ppo.update | whiten(adv) | whiten(adv); ret = adv + old_value | one_whole
+old values are zero | ppo.update | "value"), **like) | "value"), **like) * 0 | one_whole
+gamma and lambda exchanged | ppo.update | cfg.gamma, cfg.lam | cfg.lam, cfg.gamma | one_whole
+the learner is the reference | ppo.update | predict(reference, | predict(raw, | one_whole
+no KL in the reward | ppo.update | ref_logp, cfg.kl_coef | ref_logp, 0.0 | one_whole
+primer term with the wrong sign | ppo.update | -cfg.primer_coef | cfg.primer_coef | one_whole
 other layouts keep the sampler's values | ppo.update
     | old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     | old_logp[rows.index] = predict(raw, rows)[0] | one_whole
-the value loss takes the smaller error | ppo.value_loss | torch.max( | torch.min( | one_whole
-the value loss is not halved | ppo.value_loss | 0.5 * | | one_whole
-explained variance is not about the mean | ppo.explained_variance | x - mean[:, None] | x
-    | one_whole
-the clip share has one side | ppo.clipped | .abs() | | one_whole
-'''
+value loss takes the smaller error | ppo.value_loss | torch.max( | torch.min( | one_whole
+value loss is not halved | ppo.value_loss | 0.5 * | | one_whole
+explained variance without the mean | ppo.explained_variance | x - mean[:, None] | x | one_whole
+clip share counts one side | ppo.clipped | .abs() | | one_whole'''))
 
 
 @contextmanager
@@ -889,7 +875,7 @@ def mutated(where, old, new):
     source = textwrap.dedent(inspect.getsource(function)).removeprefix("@property\n")
     assert source.count(old) == 1, f"{where} has changed: it does not have `{old}` once"
     made, code = {}, function.__code__
-    exec(source.replace(old, new), vars(globals()[module]), made)
+    exec(source.replace(old, new), function.__globals__, made)
     function.__code__ = made[path[-1]].__code__
     try:
         yield
@@ -897,10 +883,10 @@ def mutated(where, old, new):
         function.__code__ = code
 
 
-@parametrize("mutant", re.split(r"\n(?=\S)", MUTANTS.strip()))
-def test_every_mutant_is_caught(mutant):
-    _, where, old, new, by = re.split(r"\s*\|\s+", mutant)
-    (test,) = [test for name, test in globals().items() if name.startswith(f"test_{by}")]
+@parametrize("name", MUTANTS)
+def test_every_mutant_is_caught(name):
+    where, old, new, by = re.split(r"\s*\|\s+", MUTANTS[name])
+    (test,) = [value for key, value in globals().items() if key.startswith(f"test_{by}")]
     marks = getattr(test, "pytestmark", [parametrize("", [()])])  # its parameters
     with mutated(where, old, new), pytest.raises(AssertionError):
         for case in marks[0].args[1]:
@@ -908,6 +894,7 @@ def test_every_mutant_is_caught(mutant):
 
 
 def test_a_resumed_run_that_is_off_by_one_draw_is_caught(finished, tmp_path):
+    resumes = test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one
     with mutated("train.train_primer", "exercise(cfg, step,", "exercise(cfg, step + cfg.resume,"):
         with pytest.raises(AssertionError):
-            test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp_path, Killed, 5)
+            resumes(finished, tmp_path, Killed, 5)
