@@ -311,7 +311,7 @@ def test_in_low_precision_sampler_and_learner_still_agree_roughly():
 
 
 # ----------------------------------------------------------------------------------------------
-# Tokens and parser
+# Tokens, parser, environment
 
 odd = [*mem1.TAGS, *"</>IS \n\x00#é\ud800", " jelo", "</info>"]
 texts = one_of(text(), lists(sampled_from(odd)).map("".join))
@@ -345,10 +345,6 @@ def test_the_parser_takes_anything_loses_nothing_and_agrees_with_a_regex(ids):
     assert not whole or said == ENC.decode(action[1:-1])
 
 
-# ----------------------------------------------------------------------------------------------
-# The environment
-
-
 @given(texts, texts, sampled_from(["query", "answer", "malformed", ""]), integers(1, 5))
 @example(" jelo heir" * 10**5, " #1 jelo" * 10**5, "answer", 2)
 def test_the_environment_survives_any_action(first, second, kind, n):
@@ -374,8 +370,8 @@ def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(poli
     for n in 1, 2, 5, 16, 64:
         assert [episode(n, seed) for seed in range(3)] == [n] * 3
     assert (max(longest) < 20) == (kind == "count" or policy is keep_all)  # it holds no list
-    for harm in dict(amnesic=True), dict(max_turns=10):
-        assert np.mean([episode(16, seed, **harm) for seed in range(8)]) < 12
+    for most, harm in (2, dict(amnesic=True)), (12, dict(max_turns=10)):
+        assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 
 some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
@@ -661,9 +657,12 @@ def logged(out):
 def outcome(out):
     """What a run leaves, but for what varies with time: its log and table as text, its weights."""
     written = (out / "metrics.jsonl").read_text() + (out / "results.json").read_text()
+    return re.sub(r'"(minutes|tok_s|time|kv_bytes)": [\d.e+-]+', "", written), weights(out)
+
+
+def weights(out):
     models = train.load_checkpoint(out)["models"]
-    weights = {name: [w.tolist() for w in models[name]["weights"].values()] for name in models}
-    return re.sub(r'"(minutes|tok_s|time|kv_bytes)": [\d.e+-]+', "", written), weights
+    return {name: [w.tolist() for w in models[name]["weights"].values()] for name in models}
 
 
 @pytest.fixture(scope="module")
@@ -740,19 +739,20 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
     path.write_bytes(data[:at] if harm == "cut off" else data)
     if not isinstance(harm, str):
         torch.save(harm, path)
-    with pytest.raises(ValueError, match=r"^[^\n]*(checkpoint.pt|config.json)[^\n]*$"):
+    refused = pytest.raises(ValueError, match=r"^[^\n]*(checkpoint.pt|config.json)[^\n]*$")
+    with suppress(ValueError) if harm == "flipped" else refused:
         train.load_run(path.parent)
+        assert weights(path.parent) == weights(finished)  # a bit that nothing depends on
 
 
-@parametrize("bad", [
-    "--objectiv 3: unrecognized", "--preset huge: invalid choice", "--ppo-lr fast: invalid float",
-    "--resume --out /nonexistent: config.json", "--objectives 3: objectives", "--hops 1 9: hops",
-    "--objectives 4 2: objectives", "--ppo-batch 0: ppo-batch", "--start /none: does not exist",
-    "--layout flat: invalid choice", "--kinds riddle: invalid choice", "--n-embd 50: n-embd",
-    "--agents nobody: invalid choice", "--eval-objectives 500: eval-objectives", "--seed -1: seed",
-    "--ppo-minibatches 65: ppo-minibatches", "--nproc 999: nproc", "--env mars: env",
-    "--kinds list count --hops 1 1 --objectives 1 80: 1 to 79", "--out /proc/run: /proc/run",
-    "--out {}: holds a run already", "--out {} --resume --seed 7: began with 0"])
+@parametrize("bad", """--objectiv 3: unrecognized; --preset huge: invalid choice; --seed -1: seed
+--ppo-lr fast: invalid float; --resume --out /nonexistent: config.json; --objectives 3: objectives
+--hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
+--start /none: does not exist; --layout flat: invalid choice; --kinds riddle: invalid choice
+--agents nobody: invalid choice; --eval-objectives 500: eval-objectives; --env mars: env
+--ppo-minibatches 65: ppo-minibatches; --nproc 999: nproc; --out /proc/run: /proc/run
+--kinds list count --hops 1 1 --objectives 1 80: 1 to 79; --out {}: holds a run already
+--out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
     code, (line,) = run("--nproc", "1", "--out", finished / "none", *flags.split())
