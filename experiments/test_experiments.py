@@ -4,6 +4,9 @@
 """
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -148,3 +151,26 @@ def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
     assert found.pop("rollout_vs_hf") is found.pop("update_vs_trl") is None
     assert {*found} == names | {"iteration_s"} and all(map(math.isfinite, found.values()))
     assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5
+
+
+@pytest.mark.skipif(os.environ.get("PROFILE") != "thorough", reason="starts five interpreters")
+def test_two_machines_under_torchrun_train_as_one_process(tmp_path):
+    flags = "--preset debug --agents mem1 --primer-steps 8 --demos-steps 4 --device cpu".split()
+    here = Path(__file__).resolve().parents[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    nodes = []
+    for rank in "0", "1":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
+                   rank, "--master-addr", "127.0.0.1", "--master-port", port, "--nproc-per-node",
+                   "1", "train.py", *flags, "--out", str(tmp_path / "two")]
+        nodes.append(subprocess.Popen(command, cwd=here))
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    with mock.patch("signal.signal"):
+        train.main([*flags, "--nproc", "1", "--out", str(tmp_path / "one")])
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
+    rows = list(zip(map(json.loads, one.splitlines()), map(json.loads, two.splitlines())))
+    assert len(rows) == 16
+    for row, same in rows[:12]:  # PPO earns nothing in so short a run: its gradient is rounding
+        assert same["loss"] == pytest.approx(row["loss"], rel=1e-4)
