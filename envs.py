@@ -578,4 +578,5 @@ def primer(rng, longest, more=(), kinds=()):
 
 
 def phrase(some):
+    """Words as text, each with a space before it."""
     return " " + " ".join(some)

@@ -317,6 +317,7 @@ def plot(one, path):
 
 
 def parse_arguments(argv):
+    """The flags, and a function that refuses them in one line."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -349,6 +350,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
+    """Tables of several runs, or what the flags ask of one."""
     args, refuse = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
@@ -417,16 +419,18 @@ def evaluate_run(args):
 
 
 def silent(line):
-    pass
+    """For table(): tell nobody."""
 
 
 def print_failures(causes):
+    """What failures() found."""
     for cause, row in causes.items():
         print(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at turn "
               f"{row['turn']:.0f} on average; for example\n    {row['example']}")
 
 
 def print_memory(rows):
+    """What memory() found."""
     print(f"{'turn':>5s} {'going':>6s} {'found':>6s} {'held':>6s} {'right':>6s} {'state':>6s}")
     for t, r in rows.items():
         print(f"{t:>5s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} {r['right']:6.1%} "

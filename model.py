@@ -24,6 +24,7 @@ WIDTH = 4  # of the convolution: a token and the three before it
 
 @dataclass
 class GPTConfig:
+    """The size of a model."""
     vocab_size: int
     n_layer: int = 4
     n_head: int = 4

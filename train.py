@@ -56,6 +56,7 @@ from model import GPT, GPTConfig
 
 @dataclass
 class Config:
+    """All settings of a run; each field is a flag of the command line."""
     # run
     preset: str = "cpu"  # sets several of the fields below at once
     out: str = "runs/cpu"  # the run's directory; runs/PRESET unless given
@@ -358,6 +359,7 @@ def trend(results):
 
 @dataclass
 class Run:
+    """A run in this process."""
     cfg: Config
     out: Path
     state: dict  # what a checkpoint holds
@@ -367,6 +369,7 @@ class Run:
 
 @dataclass
 class Stage:
+    """One of the three stages, for one agent, while it is trained."""
     kind: str  # primer, demos or ppo
     agent: str
     name: str  # of the model that comes out: primer, mem1-demos, mem1
@@ -448,6 +451,7 @@ def end_stage(run, stage, weights):
 
 
 def gpt_config(cfg):
+    """The size of the model that this run trains."""
     return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
 
 
@@ -561,6 +565,7 @@ def say(line):
 
 
 def how_to_go_on(cfg):
+    """The end of a message about a run that stopped."""
     return f"to go on: python train.py --out {cfg.out} --resume"
 
 
@@ -607,6 +612,7 @@ def prepare(cfg):
 
 
 def as_json(content):
+    """Indented JSON, as bytes."""
     return json.dumps(content, indent=1).encode()
 
 
