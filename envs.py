@@ -129,6 +129,9 @@ class Env:
 
         Every observation tells how many turns are left (MEM1 sec. 4.1), and with one left that the
         answer is due. Any other kind is malformed output: it ends the episode and earns nothing.
+
+        >>> ComposedQA(1, max_turns=2).step("query", "nobody")
+        ' left=1 answer now nothing found'
         """
         assert not self.done, "step() after the end of the episode"
         self.turn += 1
@@ -455,7 +458,11 @@ def read_prompt(prompt):
 
 
 def read_answers(seen):
-    """The answers {index: answer} that stand in a context; for each index the last one counts."""
+    """The answers {index: answer} that stand in a context; for each index the last one counts.
+
+    >>> read_answers("#1 jero #2 veba #1 koki")
+    {'#2': 'veba', '#1': 'koki'}
+    """
     answers = {}
     for index, answer in re.findall(ENTRY, seen):
         answers.pop(index, None)

@@ -233,11 +233,10 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
     gpt = talkative()
     (rows,) = make_rows(play(gpt, keep_last, [6, 2, 4], seed=3), 10**6)
     ids, inputs = rows.ids, []
-    hook = gpt.emb.register_forward_hook(lambda module, args, output: inputs.append(output))
+    gpt.emb.register_forward_hook(lambda module, args, output: inputs.append(output))
     logp = predict(gpt, rows)[0]
-    hook.remove()
     for i, (b, t) in enumerate(rows.loss_mask.nonzero()):
-        (grad,) = torch.autograd.grad(logp[i], inputs, retain_graph=True)  # (B, T, C)
+        (grad,) = torch.autograd.grad(logp[i], inputs[0], retain_graph=True)  # (B, T, C)
         context = torch.zeros_like(rows.loss_mask)
         context[b, :t] = True
         assert torch.equal(grad.norm(dim=-1) > 0, context)  # not what was pruned, comes later, pads
@@ -261,7 +260,6 @@ def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, p
 
 
 @given(policies, lists(integers(2, 4), min_size=2, max_size=3), seeds, sampled_from([8.0, -99.0]))
-@example(keep_last, [5, 4, 6], 1, 8.0)
 @example(keep_last, [2, 4, 3], 1, -99.0)
 def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, ends):
     gpt = talkative(ends=ends)
@@ -482,15 +480,11 @@ def test_gae_is_the_double_sum_of_its_definition(lengths, gamma, lam, seed):
     assert far(ret - adv, v) < 1e-12
 
 
-def test_losses_and_estimates_are_what_their_names_say():
-    ratio, adv = tensor([0.7, 0.9, 1.1, 1.3] * 2), tensor([1] * 4 + [-1] * 4)
-    logp = ratio.log().requires_grad_()
-    ppo.policy_loss(logp, zeros(8), adv).sum().backward()  # the clip stops what has gone far enough
-    assert logp.grad.tolist() == approx([-0.7, -0.9, -1.1, 0, 0, 0.9, 1.1, 1.3])
-    assert not ppo.whiten(ones(5)).any()
+def test_the_kl_estimate_is_exact_on_average_and_a_constant_whitens_to_zero():
     p, q = randn(2, 9, generator=torch.manual_seed(0)).double().log_softmax(1)
     k3 = ppo.approx_kl(q, p)
     assert far(p.exp() @ k3, p.exp() @ (p - q)) < 1e-12 <= k3.min()
+    assert not ppo.whiten(ones(5)).any()
 
 
 ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, micro_batch=60,
@@ -568,6 +562,8 @@ def test_one_whole_update_equals_an_independent_computation(layout, epochs, cap)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
     assert (row["gap"] < 1e-10) == (layout == "tree")
+    for step in range(9):
+        assert sorted(sum(ppo.minibatches(cfg, step, 1), [])) == [*range(5)]
     # Before the first update the ratio is one; later it is clipped, and so is the gradient.
     assert row["clip"] == 0 if epochs == 1 else cap < 27 or 0.1 < row["clip"] < 0.9 < row["norm"]
 
@@ -630,7 +626,6 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
         same_weights, same_row = torch.load(tmp_path / name)
         assert max(map(far, weights, same_weights)) < 1e-9
         assert row == approx(same_row, rel=1e-5, abs=1e-9)
-    assert far(weights[0], talkative().emb.weight) > 1e-3  # control
 
 
 # ----------------------------------------------------------------------------------------------
@@ -657,7 +652,7 @@ def logged(out):
 def outcome(out):
     """What a run leaves, but for what varies with time: its log and table as text, its weights."""
     written = (out / "metrics.jsonl").read_text() + (out / "results.json").read_text()
-    return re.sub(r'"(minutes|tok_s|time|kv_bytes)": [\d.e+-]+', "", written), weights(out)
+    return re.sub(r'"(minutes|tok_s|time|kv_bytes|commit)": [^,}\n]+', "", written), weights(out)
 
 
 def weights(out):
@@ -678,7 +673,9 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     assert steps == [(stage, step) for stage in stages for step in (1, 2, 3, 4)]
     table = json.loads((finished / "results.json").read_text())
     assert list(table) == ["mem1", "mem1-demos", "full", "full-demos", "truncate", "meta"]
-    assert {"em", "f1", "peak", "dependency"} <= set(table["mem1"]["2"])
+    cfg, models = train.load_run(finished)
+    again = train.measure(train.load_model(models["mem1"]), keep_last, cfg, 1, 3, Stream.TEST)
+    assert again["tokens"] == table["mem1"]["1"]["tokens"]
 
 
 class Killed(BaseException):
@@ -710,9 +707,12 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
     assert outcome(tmp_path) == outcome(finished)  # bit for bit
 
 
-def test_ppo_starts_from_the_imitated_agent_of_another_run(finished, tmp_path):
-    assert run(*TINY, tmp_path, "--start", finished, "--agents", "mem1") == (0, [])
-    assert outcome(tmp_path)[1]["mem1-demos"] == outcome(finished)[1]["mem1-demos"]
+def test_ppo_starts_from_an_imitated_agent_and_keeps_the_best_weights(finished, tmp_path):
+    with mutated("train.validate", "return", "return {'em@2': model.emb.weight[0, 0].item()} or"):
+        assert run(*TINY, tmp_path, "--start", finished, "--agents", "mem1") == (0, [])
+    assert weights(tmp_path)["mem1-demos"] == weights(finished)["mem1-demos"]
+    best = max(row["em@2"] for row in logged(tmp_path)[1::2])  # of the two validations
+    assert weights(tmp_path)["mem1"][0][0][0] == best
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
@@ -847,9 +847,9 @@ reward at the first turn | ppo.turn_rewards | return
     | return [traj.reward] + [0.0] * (len(traj.turns) - 1) or | one_whole
 loss is a mean in each micro-batch | ppo.update | term).sum() / n | term).mean() | one_whole
 advantages cross episodes | ppo.gae | if end[t] | if t == len(r) - 1 | gae
-the clip acts in both directions | ppo.policy_loss | torch.min(ratio * adv, | ( | losses
-whitening a constant divides by zero | ppo.whiten | (var + 1e-8).rsqrt() | var.rsqrt() | losses
-KL is the difference alone | ppo.approx_kl | log_ratio.expm1() - log_ratio | -log_ratio | losses
+the clip acts in both directions | ppo.policy_loss | torch.min(ratio * adv, | ( | one_whole
+whitening a constant divides by zero | ppo.whiten | (var + 1e-8).rsqrt() | var.rsqrt() | the_kl
+KL is the difference alone | ppo.approx_kl | log_ratio.expm1() - log_ratio | -log_ratio | the_kl
 no whitening | ppo.update | whiten(adv) | adv | one_whole
 whitened returns | ppo.update | whiten(adv) | whiten(adv); ret = adv + old_value | one_whole
 old values are zero | ppo.update | "value"), **like) | "value"), **like) * 0 | one_whole

@@ -231,6 +231,11 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     Positions are a random increasing subset of 0..L-1, with L drawn between the episode's own
     length (positions as when acting) and `longest`: spread so thin, a short training episode has
     seen the distances of long ones ("randomised positions", arXiv 2305.16843).
+
+    >>> trajs = [demonstration(Config(), "mem1", 0, i, 99, 20) for i in range(100)]
+    >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
+    >>> len([s for s in spare if s < 0]), len([s for s in spare if s > 0])
+    (30, 27)
     """
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
     env = training_env(cfg, Stream.DEMOS, step, i)
@@ -552,7 +557,17 @@ def cpu_copy(weights):
 
 
 def set_lr(stage, lr, step, warmup):
-    """`warmup` steps up, constant, linear to 5% over the last 40%."""
+    """`warmup` steps up, constant, linear to 5% over the last 40%.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+    >>> stage = Stage("ppo", "mem1", "mem1", 10, None, None, None, optimizer)
+    >>> for step in 0, 5, 8:
+    ...     set_lr(stage, 1.0, step, warmup=2)
+    ...     print(optimizer.param_groups[0]["lr"])
+    0.5
+    1.0
+    0.5
+    """
     decay = max(0.05, (stage.steps - step) / (0.4 * stage.steps))
     for group in stage.optimizer.param_groups:
         group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
