@@ -536,21 +536,18 @@ def collate(chunk):
     pos = np.zeros((B, T), dtype=np.int64)
     loss_mask = np.zeros((B, T), dtype=bool)
     index = []
-    attn_mask = np.tile(np.tri(T, dtype=bool), (B, 1, 1, 1))  # (B, 1, T, T)
-    causal = True
+    attn_mask = None  # causal
     for b, (n, traj, branch, offset) in enumerate(chunk):
         ids[b, :n] = traj.prompt + branch.ids
         pos[b, :n] = np.arange(n) if traj.positions is None else traj.positions[:n]
         loss_mask[b, len(traj.prompt) : n] = branch.loss_mask
         index.append(offset + np.arange(sum(branch.loss_mask)))
         if branch.attn_mask is not None:
-            attn_mask[b, 0, :n, :n] = branch.attn_mask
-            causal = False
-    tensors = map(torch.from_numpy, (ids, pos, loss_mask, np.concatenate(index), attn_mask))
-    rows = Rows(*tensors)
-    if causal:
-        rows.attn_mask = None
-    return rows
+            if attn_mask is None:
+                attn_mask = torch.ones(B, 1, T, T, dtype=torch.bool).tril()  # (B, 1, T, T)
+            attn_mask[b, 0, :n, :n] = torch.from_numpy(branch.attn_mask)
+    tensors = map(torch.from_numpy, (ids, pos, loss_mask, np.concatenate(index)))
+    return Rows(*tensors, attn_mask)
 
 
 def recorded(trajs, name):

@@ -236,7 +236,16 @@ def whiten(x):
 
 
 def policy_loss(logp, old_logp, adv, clip=0.2):
-    """Clipped surrogate (arXiv 1707.06347, eq. 7): -min(ratio adv, clip(ratio) adv), (M,)."""
+    """Clipped surrogate (arXiv 1707.06347, eq. 7): -min(ratio adv, clip(ratio) adv), (M,).
+
+    The gradient stops where the ratio has gone far enough in the direction of the advantage:
+
+    >>> logp = torch.tensor([0.7, 0.9, 1.1, 1.3]).log().requires_grad_()
+    >>> for adv in torch.ones(4), -torch.ones(4):
+    ...     torch.autograd.grad(policy_loss(logp, torch.zeros(4), adv).sum(), logp)[0]
+    tensor([-0.7000, -0.9000, -1.1000,  0.0000])
+    tensor([0.0000, 0.9000, 1.1000, 1.3000])
+    """
     ratio = (logp - old_logp).exp()  # (M,): 1 before the first update, if sampler and learner agree
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
 

@@ -3,9 +3,8 @@
     python -m pytest -q test_mem1.py
     PROFILE=thorough python -m pytest -q test_mem1.py     # more examples, a kill at every write
 
-An oracle is written differently from the code that it checks: each context encoded whole without a
-cache, a dense mask under plain formulas, a double sum, an independent scorer. At the end known bugs
-are put back in, the mutants, and a test has to fail for each.
+An oracle is written differently from the code that it checks: a slow replay, a dense mask, a double
+sum, an independent scorer. At the end known bugs are put back in, and a test must fail for each.
 """
 import dataclasses
 import doctest
@@ -626,6 +625,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
         same_weights, same_row = torch.load(tmp_path / name)
         assert max(map(far, weights, same_weights)) < 1e-9
         assert row == approx(same_row, rel=1e-5, abs=1e-9)
+    assert far(weights[0], talkative().emb.weight) > 1e-3  # control
 
 
 # ----------------------------------------------------------------------------------------------

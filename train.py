@@ -618,7 +618,8 @@ def prepare(cfg):
         config = dict(config=dataclasses.asdict(cfg), **provenance())
         write_atomically(out / "config.json", as_json(config))
         with open(out / "metrics.jsonl", "a") as file:
-            file.truncate(state["log_bytes"])  # what comes after the checkpoint is done again
+            # What comes after the checkpoint is done again.
+            file.truncate(min(file.tell(), state["log_bytes"]))
     if not cfg.resume:
         save(run)
     for number in signal.SIGINT, signal.SIGTERM:
