@@ -237,15 +237,14 @@ FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", ti
 def report(one):
     """All tables {title: markdown} of what collect() returns: means over the seeds ± deviation."""
     seeds = one["seeds"].values()
-    known = {method for cells in seeds for method in cells}
-    methods = sorted(known)
+    order = sorted({method for cells in seeds for method in cells})
     horizons = sorted({int(n) for cells in seeds for rows in cells.values() for n in rows})
     tables = {"the README's table": readme_table(one)}
     for name, form in FORMATS.items():
-        rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in methods]
+        rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in order]
         tables[name] = markdown([name, *horizons], rows)
-    for seed, methods in one["memory"].items():
-        for method, rows in methods.items():
+    for seed, agents in one["memory"].items():
+        for method, rows in agents.items():
             cells = [[t, f"{r['found']:.1f}", f"{r['held']:.0%}"] for t, r in rows.items()]
             title = f"memory of {method}, seed {seed}"
             tables[title] = markdown(["turn", "answers found", "held in the state"], cells)
@@ -296,12 +295,12 @@ def plot(one, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
     titles = "questions answered", "peak tokens in context"
-    for axis, measure, title in zip(axes, ("em", "peak"), titles):
+    for axis, name, title in zip(axes, ("em", "peak"), titles):
         for method, label in README_AGENTS.items():
             runs = [cells[method] for cells in one["seeds"].values() if method in cells]
             shared = set.intersection(*map(set, runs)) if runs else []
             x = sorted(map(int, shared))
-            y = np.array([[run[str(n)][measure] for n in x] for run in runs])  # (seeds, horizons)
+            y = np.array([[run[str(n)][name] for n in x] for run in runs])  # (seeds, horizons)
             if runs:
                 axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
                 axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
@@ -358,7 +357,7 @@ def main(argv=None):
             results = tabulate(args)
         else:
             results = evaluate_run(args)
-    except (ValueError, AssertionError, ImportError) as error:
+    except (ValueError, AssertionError, ImportError, AttributeError, OSError) as error:
         refuse(str(error))
     if args.json:
         print(json.dumps(results))

@@ -3,9 +3,9 @@
 Begin with update(): one iteration, from the rollout to the optimizer steps. The mask is visible in
 two places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
 returns those alone. And everything about them is held flat, an episode after the other, in the
-order in which they were sampled: the token after an action is the next *action*, be it a turn
-later, so that credit flows through the whole episode, over all that was read in between (MEM1 sec.
-3.3, app. A.5).
+order in which they were sampled: after a sampled token comes the next sampled one, even if that is
+a turn later, so that credit flows through the whole episode, over all that was read in between
+(MEM1 sec. 3.3, app. A.5).
 
     M trained tokens;  logp, old_logp, ref_logp, value, adv, ret, last: all (M,)
 
@@ -53,7 +53,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             if cfg.layout != "tree":  # the paper's code takes the learner's word for what acted
                 old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
-    turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)
+    turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)  # (M,)
     last = marks([traj.n_trained for traj in trajs], device)  # (M,)
     rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
     adv, ret = gae(rewards, old_value, last, cfg.gamma, cfg.lam)  # each (M,)

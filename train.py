@@ -132,7 +132,7 @@ CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                kinds=["list", "chain", "count"], layout=[*LAYOUTS])
 MAY_BE_ZERO = ("seed nproc exercises forget primer_coef clip kl_coef value_coef gamma lam "
                "weight_decay").split()
-WHERE = "out", "resume", "device", "nproc", "compile", "preset"  # may change when a run goes on
+MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a run goes on
 
 # ----------------------------------------------------------------------------------------------
 # The three stages
@@ -256,10 +256,10 @@ def farthest_needs(cfg, agent):
     """Tokens in the longest row, and turns, at the farthest horizon to be tested: positions and
     turn budgets are trained up to there."""
     n = max(cfg.eval_objectives)
-    envs_ = [training_env(cfg, Stream.VALID, 0, i, n) for i in range(4)]
-    trajs = [demonstrate(env, POLICIES[agent]) for env in envs_]
+    environments = [training_env(cfg, Stream.VALID, 0, i, n) for i in range(4)]
+    trajs = [demonstrate(env, POLICIES[agent]) for env in environments]
     longest = max(len(traj.prompt) + traj.peak for traj in trajs)
-    return longest, max(env.max_turns for env in envs_)
+    return longest, max(env.max_turns for env in environments)
 
 
 def share(n):
@@ -697,7 +697,7 @@ def configure(given):
         cfg = read_config(cfg.out)
         for name, value in given.items():
             began = getattr(cfg, name)
-            assert name in WHERE or value == began, (
+            assert name in MAY_CHANGE or value == began, (
                 f"--{name.replace('_', '-')} {value}: this run began with {began}; drop the flag")
             setattr(cfg, name, value)
         load_checkpoint(cfg.out)
@@ -744,7 +744,7 @@ def check(cfg):
     try:
         longest = envs.longest_horizon(cfg)
         envs.extra_words(cfg)  # reads a file of facts
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"--env {cfg.env}: no such world in experiments/ ({error})")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
@@ -765,6 +765,7 @@ def launch(cfg, argv):
 
 
 def main(argv=None):
+    """Train, in this process or in several."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
     if cfg.nproc > 1 and "RANK" not in os.environ:
@@ -792,6 +793,7 @@ def main(argv=None):
 
 
 def stop(message):
+    """End this process with one line and exit code 1."""
     print(f"train.py: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(1)  # without waiting for the others

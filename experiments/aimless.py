@@ -88,18 +88,14 @@ def aimless(task, seen, state, kind, text):
     if in_view and rng.random() < NOTE:
         notes[at_hand] = in_view[rng.integers(len(in_view))]
     if kind == "answer":
-        new = dict([read_found(state, at_hand)]) if read_found(state, at_hand) else {}
-        return state, kind, entries({**notes, **new})
+        fact = state.removesuffix(STOP).split()  # what the last search brought to light
+        if len(fact) == 3:
+            notes[at_hand] = fact[2]
+        return state, kind, entries(notes)
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :+ .*", listed)[0]
     parts = [found.strip(), LIST, entries(notes), question]
     return " ".join(filter(None, parts)), kind, text
-
-
-def read_found(state, index):
-    """(index, answer) that the last search brought to light, as the state begins with it."""
-    fact = state.removesuffix(STOP).split()
-    return (index, fact[2]) if len(fact) == 3 else None
 
 
 def make_env(cfg, n_objectives, seed, max_turns=None):
