@@ -701,9 +701,9 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
             patch.setattr(owner, name, functools.partial(strike, then=getattr(owner, name)))
         code, lines = run(*TINY, tmp_path)
         assert (code, len(lines)) == ((1, 1) if how is OSError else (128 + how, 0))
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "pri')  # the power went as well
-    assert run(*(["--resume", "--out"] if list(tmp_path.glob("*.pt")) else TINY), tmp_path) == (0, [])
+    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "pri')  # the power went as well
+    again = ["--resume", "--out"] if list(tmp_path.glob("*.pt")) else TINY
+    assert run(*again, tmp_path) == (0, [])
     assert outcome(tmp_path) == outcome(finished)  # bit for bit
 
 
