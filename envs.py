@@ -49,7 +49,8 @@ def keyed_rng(seed, stream, step, episode, what=0):
 
     So a resumed run repeats an uninterrupted one, and any number of processes plays the same
     episodes. `what` tells several draws of one episode apart: 0 the task, 1 the number of
-    objectives, 2 the agent's or the demonstrator's choices, 3 the shuffling of minibatches.
+    objectives, 2 the agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 what
+    stands around the task in its prompt.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
@@ -62,6 +63,7 @@ RELATIONS = """heir rival mentor ally spouse pupil guard cousin deputy doctor te
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 ALL_NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
 ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(ALL_NAMES)]
+A_NAME = frozenset(ALL_NAMES)
 NAMES = ALL_NAMES[:200]  # the others are no tokens: an agent has to spell them
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
@@ -73,6 +75,8 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
+MOST_CLUTTER = 20  # random notes, and questions before and after a task, in training
+NOTED = 0.4  # share of the questions of which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -108,6 +112,7 @@ class Env:
     golds   [(index, answer), ...], the right answers
     paths   {index: facts that lead to the answer}, where there are such
     width   tokens of a name at most
+    before  text that stands before the task
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -117,6 +122,7 @@ class Env:
         self.n_objectives = n_objectives
         self.max_turns = max_turns
         self.width = 1
+        self.before = ""
         self.paths = {}
         self.turn = 0
         self.done = False
@@ -201,9 +207,9 @@ class ComposedQA(Env):
         em = self.n_objectives if words(text) == [count] else 0
         return em, float(em)
 
-    def expert(self, seen, amnesic=False, fresh=False):
+    def expert(self, seen, fresh=False):
         """What the demonstrator would write: it sees what the agent sees, no more."""
-        return demonstrator(self.prompt, seen, amnesic, fresh)
+        return demonstrator(self.prompt, seen, fresh)
 
 
 def invent(indices, hops, kind, pool, rng):
@@ -383,12 +389,19 @@ def score(text, golds):
     return em, f1
 
 
+def answers_shown(paths, query, info):
+    """The answers {(index, answer), ...} that an <info> shows to whoever asked `query`."""
+    query = query.strip().removeprefix("page ")
+    return {(index, path[-1].split()[-1]) for index, path in paths.items()
+            if query and path[-1].startswith(query) and path[-1] in info}
+
+
 # ----------------------------------------------------------------------------------------------
 # The demonstrator
 
 
-def demonstrator(prompt, seen="", amnesic=False, fresh=False):
-    """The scripted expert: what to write, (state, kind, text), given the prompt and `seen`.
+def demonstrator(prompt, seen="", fresh=False):
+    """The faithful expert: what to write, (state, kind, text), given the prompt and `seen`.
 
     `seen` is the context kept of earlier turns, as text. It remembers nothing by itself, as the
     agent does not. Its state first says what was found, then rewrites a list a little: the answers
@@ -404,8 +417,7 @@ def demonstrator(prompt, seen="", amnesic=False, fresh=False):
 
     In a task that counts, the word `count` after what was found says that this answer counts.
 
-    amnesic  it carries no answer on to another turn: to remember is left to reinforcement
-    fresh    only new answers in the list, for an agent whose context keeps older states
+    fresh: only new answers in the list, for an agent whose context keeps older states.
 
     >>> seen = "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero"
     >>> demonstrator(" #64 : jelo pupil .", seen)
@@ -419,10 +431,8 @@ def demonstrator(prompt, seen="", amnesic=False, fresh=False):
     answers = read_answers(seen)
     index, subject, relations, then = question_at_hand(questions, answers, seen, query)
     count = count_start(head)
-    if head and not amnesic:
+    if head:
         count = ([count] + re.findall(r"; (#\d+) #\d+ :", seen))[-1]
-    if amnesic:
-        answers = {}
 
     # What did the last search bring to light? One step of the question at hand is done.
     found = []
@@ -450,8 +460,81 @@ def demonstrator(prompt, seen="", amnesic=False, fresh=False):
     return " ".join(filter(None, state)), "query", query
 
 
+def aimless(rng, prompt, seen, state, kind, text, fresh=False):
+    """The same turn (state, kind, text) as written by somebody whose notes have no aim.
+
+    It searches and answers like the faithful demonstrator, but of a question that it leaves behind
+    it notes, four times in ten, the index with a random name of those in view; and one turn in five
+    it drops its list. Half of the episodes begin with a list of random notes on questions that
+    stand before the task. So imitation teaches to take notes and to copy them, and nothing in it
+    says which notes are worth it: that is left to the reward.
+
+    >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
+    ...         "<info> left=3 jelo heir veba, jelo pupil jero")
+    >>> turn = "jelo pupil jero ; #64 jero #65 : milu heir .", "query", "milu heir"
+    >>> for seed in 0, 1, 2:
+    ...     aimless(np.random.default_rng(seed), "", seen, *turn)[0]
+    'jelo pupil jero ; #64 jelo #65 : milu heir .'
+    'jelo pupil jero ; #65 : milu heir .'
+    'jelo pupil jero ; #64 jero #65 : milu heir .'
+    """
+    notes, new = read_answers(seen), {}
+    if not seen and rng.random() < 0.5:
+        first = INDICES.index(re.search(r"#\d+", prompt)[0])
+        for index in INDICES[max(0, first - int(rng.integers(1, MOST_CLUTTER + 1))) : first]:
+            new[index] = str(rng.choice(NAMES))
+    if seen and rng.random() < 0.2:
+        notes = {}
+    found, _, listed = state.partition(LIST)
+    question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
+    index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
+    in_view = sorted(set(words(seen.rpartition("<info>")[2])) & A_NAME)
+    if in_view and not question.startswith(f"{index} ") and rng.random() < NOTED:
+        new[index] = str(rng.choice(in_view))
+    notes.update(new)
+    if kind == "query":
+        parts = [found.strip(), LIST, entries(new if fresh else notes), question]
+        return " ".join(filter(None, parts)), kind, text
+    answers = read_answers(text)  # what it has just found is in view
+    if index in answers:
+        notes[index] = answers[index]
+    return state, kind, entries(notes)
+
+
+def clutter(rng, env):
+    """Put a task into the midst of other questions, up to 20 on each side, not asked for.
+
+    `<task>` marks where it begins, and it ends at the first `.` after that; others are strewn among
+    what is not asked for. So neither the length of a prompt nor where its lists end tells how much
+    is to be done, and it is not to be learned by heart that there are never more than two.
+
+    >>> env = ComposedQA(1, seed=3)
+    >>> clutter(np.random.default_rng(260), env)
+    >>> f"{env.before}<task>{env.prompt}"
+    ' #63 :: pavu rival pupil .<task> #64 : jelo pupil . #65 :: pira heir deputy .'
+    """
+    asked_for = re.findall(r"#\d+", env.prompt)
+    first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
+    stops = rng.random()  # share of the questions that end with a `.`
+
+    def others(indices):
+        some = []
+        for index in indices:
+            relations = [str(r) for r in rng.permutation(RELATIONS)[: rng.integers(1, 3)]]
+            some += [index, *asked(str(rng.choice(NAMES)), relations)]
+            some += [STOP] if rng.random() < stops else []
+        return "".join(f" {word}" for word in some)
+
+    env.before = others(INDICES[max(0, first - int(rng.integers(MOST_CLUTTER + 1))) : first])
+    env.prompt += others(INDICES[last + 1 :][: rng.integers(MOST_CLUTTER + 1)])
+
+
 def read_prompt(prompt):
-    """A prompt as text -> (head [word, ...], questions [(index, subject, relations, next)])."""
+    """A prompt as text -> (head [word, ...], questions [(index, subject, relations, next)]).
+
+    It ends at the first `.`; what follows is not asked for.
+    """
+    prompt = prompt.partition(f" {STOP}")[0] + f" {STOP}"
     head = re.match(rf"(?: count #\d+ {WORD})?", prompt)[0].split()
     sections = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
     return head, [(index, subject, rest.split(), then) for index, subject, rest, then in sections]

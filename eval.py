@@ -2,7 +2,6 @@
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16, 32 objectives
     python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
-    python eval.py runs/cpu --failures       # why objectives were lost at 16, by first mistake
     python eval.py runs/cpu --memory         # what the state holds at 16, turn by turn
     python eval.py --table runs/*-seed-?     # all tables, from several seeds, as markdown
 
@@ -20,23 +19,20 @@ Greedy decoding. Test episodes come from keys that no training and no validation
     time        seconds an episode, many played side by side
     kv_bytes    key-value memory allocated for an episode, prompt included
     tokens      encoded in an episode, read and written, prompt included
-    state, query, info, answer   the longest of the episode, in tokens
 """
 import argparse
 import difflib
 import json
-import re
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import envs
 from envs import Stream
-from mem1 import ENC, POLICIES, expert, parse
+from mem1 import ENC, POLICIES, expert, remembered
 from train import load_model, load_run, measure, methods, play, table, trend
 
 # ----------------------------------------------------------------------------------------------
@@ -68,74 +64,8 @@ def show(traj, policy, color=False):
           f"peak {traj.peak} tokens\n")
 
 
-def first_mistake(traj, policy):
-    """(cause, turn, written, right) of the first turn that is not what the demonstrator would have
-    written, given what the agent saw; None if there is no such turn."""
-    for t, turn in enumerate(traj.turns):
-        right = expert(traj.env, policy, traj.turns[:t])
-        cause = difference(turn.written, right)
-        if cause:
-            return cause, t + 1, ENC.decode(turn.written), ENC.decode(right)
-    return None
-
-
-def difference(written, right):
-    """The cause of a mistake, in a few words; None if only the wording differs."""
-    got, want = dissect(written), dissect(right)
-    lost = want.entries.keys() - got.entries.keys()
-    invented = got.entries.keys() - want.entries.keys()
-    causes = [
-        (got.kind == "malformed", "malformed, or cut off"),
-        (got.kind != want.kind, "stopped early" if got.kind == "answer" else "did not stop"),
-        (got.kind == "query" and want.index and not got.index, "lost the question"),
-        # an open question written as an answer, or an answer as an open question:
-        (want.index in got.entries or got.index in want.entries, "wrong hop"),
-        (lost, "lost an entry"),
-        (invented, "made up an entry"),
-        (got.entries != want.entries, "changed an entry"),
-        (got.index != want.index, "took up another question"),
-        (got.question != want.question, "wrong hop"),
-        (got.kind == "query" and got.text != want.text, "wrong hop"),
-        (got.then != want.then, "wrong next question"),
-        # a count, what a user said, the best product so far; or an entry twice:
-        (got.words != want.words and got.kind == "answer", "wrong answer"),
-        (got.words != want.words, "remembers something else"),
-    ]
-    return next((cause for is_so, cause in causes if is_so), None)
-
-
-def dissect(ids):
-    """What a turn says: its question at hand, its list."""
-    kind, state, _, text = parse(ids)
-    state = ENC.decode(state)
-    stated = re.findall(envs.OPEN, state)
-    index, subject, relations, then = stated[-1] if stated else ("", "", "", "")
-    listed = text if kind == "answer" else state.partition(envs.LIST)[2]
-    return SimpleNamespace(
-        kind=kind, text=text, index=index, then=then,
-        question=(subject, relations, state.count(":")),
-        entries=dict(re.findall(envs.ENTRY, listed)), words=sorted(envs.words(listed)))
-
-
 # ----------------------------------------------------------------------------------------------
 # Many episodes
-
-
-def failures(trajs, policy):
-    """Episodes that lost objectives, by the cause of their first mistake, with an example of each:
-    {cause: {episodes, lost, turn, example}}, turn being the mean."""
-    causes = {}
-    for traj in trajs:
-        lost = traj.env.n_objectives - traj.env.em
-        if lost:
-            forgotten = "not in context any more", len(traj.turns), "", ""
-            cause, turn, wrote, right = first_mistake(traj, policy) or forgotten
-            example = f"turn {turn}: {wrote}\n      right was: {right}"
-            row = causes.setdefault(cause, dict(episodes=0, lost=0, turn=0, example=example))
-            row["episodes"] += 1
-            row["lost"] += lost
-            row["turn"] += (turn - row["turn"]) / row["episodes"]
-    return dict(sorted(causes.items(), key=lambda item: -item[1]["lost"]))
 
 
 def memory(trajs, policy):
@@ -150,15 +80,11 @@ def memory(trajs, policy):
     by_turn, episodes = {}, 0
     for traj in trajs:
         episodes += 1
-        found = set()
-        for t, turn in enumerate(traj.turns):
-            kind, _, _, query = parse(turn.written)
-            if kind == "query":
-                held = found & set(re.findall(envs.ENTRY, ENC.decode(turn.state)))
-                right = turn.written == expert(traj.env, policy, traj.turns[:t])
-                cells = len(found), len(held), right, len(turn.state)
-                by_turn.setdefault(t + 1, []).append(cells)
-            found |= answers_shown(traj.env, query, ENC.decode(turn.info))
+        for t, found, held in remembered(traj):
+            turn = traj.turns[t]
+            right = turn.written == expert(traj.env, policy, traj.turns[:t])
+            cells = len(found), len(held), right, len(turn.state)
+            by_turn.setdefault(t + 1, []).append(cells)
     rows = {}
     for t, cells in sorted(by_turn.items()):
         found, held, right, state = np.mean(cells, axis=0).tolist()
@@ -167,26 +93,18 @@ def memory(trajs, policy):
     return rows
 
 
-def answers_shown(env, query, info):
-    """The answers {(index, answer), ...} that an <info> shows to whoever asked `query`."""
-    query = query.strip().removeprefix("page ")
-    missing = max(0, 2 - query.count(" "))  # words of a fact that the query leaves open
-    shown = re.findall(rf"{re.escape(query)}(?: {envs.WORD}){{{missing}}}", info)
-    return {(index, path[-1].split()[-1]) for index, path in env.paths.items() if path[-1] in shown}
-
-
 # ----------------------------------------------------------------------------------------------
 # Several runs
 
 
 def collect(paths):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "failures", "curves", "meta"}. A larger model is told by its size: `full-2x`.
+    "curves", "meta"}. A larger model is told by its size: `full-2x`.
 
     What the state of mem1 holds, and why it fails, at 16 objectives is measured here, and its table
     at 64, the farthest horizon, if the run has indices for it.
     """
-    one = dict(seeds={}, memory={}, failures={}, curves={}, meta={})
+    one = dict(seeds={}, memory={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]
     sizes = []
     for _, _, models in runs:
@@ -209,9 +127,10 @@ def collect(paths):
         for line in (path / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["stage"] == "ppo":
-                curves.setdefault(row["agent"] + larger, []).append(round(row["reward"], 4))
+                point = round(row["reward"], 4), round(row["memory"], 4)
+                curves.setdefault(row["agent"] + larger, []).append(point)
         if "mem1" in results and not larger:
-            one["memory"][seed], one["failures"][seed] = {}, {}
+            one["memory"][seed] = {}
             for method in "mem1", "mem1-demos":
                 look_closer(one, cfg, models[method], seed, method)
     return one
@@ -225,9 +144,6 @@ def look_closer(one, cfg, saved, seed, method):
     one["seeds"][seed][method][str(farthest)] = measure(
         model, policy, cfg, farthest, episodes, Stream.TEST)
     one["memory"][seed][method] = memory(play(model, policy, cfg, n, episodes, Stream.TEST), policy)
-    if method == "mem1":
-        trajs = play(model, policy, cfg, n, 4 * episodes, Stream.TEST)
-        one["failures"][seed] = failures(trajs, policy)
 
 
 FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",
@@ -248,10 +164,6 @@ def report(one):
             cells = [[t, f"{r['found']:.1f}", f"{r['held']:.0%}"] for t, r in rows.items()]
             title = f"memory of {method}, seed {seed}"
             tables[title] = markdown(["turn", "answers found", "held in the state"], cells)
-    for seed, causes in one["failures"].items():
-        tables[f"first mistakes of mem1, seed {seed}"] = markdown(
-            ["cause", "episodes", "objectives lost"],
-            [[cause, row["episodes"], row["lost"]] for cause, row in causes.items()])
     return tables
 
 
@@ -289,11 +201,18 @@ def markdown(head, rows):
 
 def plot(one, path):
     """EM and peak tokens over the horizon: a line for the mean of the seeds, a band from the lowest
-    to the highest."""
+    to the highest. And what PPO discovers: mem1's reward and memory over the iterations, all seeds.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(18, 4))
+    for agents in one["curves"].values():
+        points = np.array(agents.get("mem1", np.zeros((0, 2))))  # (iterations, 2)
+        axes[2].plot(points[:, 0], color="C0")
+        axes[2].plot(points[:, 1], color="C1")
+    axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
+    axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
     titles = "questions answered", "peak tokens in context"
     for axis, name, title in zip(axes, ("em", "peak"), titles):
         for method, label in README_AGENTS.items():
@@ -327,7 +246,6 @@ def parse_arguments(argv):
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
     parser.add_argument("--kinds", nargs="+", choices=["list", "chain", "count"])
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
-    parser.add_argument("--failures", action="store_true", help="why objectives were lost")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs")
     parser.add_argument("--plot", metavar="PNG", help="with --table: draw EM and peak, too")
@@ -388,12 +306,12 @@ def evaluate_run(args):
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     for n in cfg.eval_objectives:
         assert 1 <= n <= longest, f"--objectives {n}: expected 1 to {longest}"
-    chosen = methods(models)
+    chosen = methods(models, snapshots=bool(args.policies))
     if args.policies:
         unknown = set(args.policies) - set(chosen)
         assert not unknown, f"--policies {' '.join(unknown)}: the run has {', '.join(chosen)}"
         chosen = {name: chosen[name] for name in args.policies}
-    if not (args.show or args.failures or args.memory):
+    if not (args.show or args.memory):
         episodes = args.episodes or cfg.eval_episodes
         results = table(models, cfg, chosen, episodes, silent if args.json else print)
         if not args.json:
@@ -408,9 +326,7 @@ def evaluate_run(args):
     for name, (model, policy) in chosen.items():
         trajs = play(load_model(models[model], cfg.device), policy, cfg, n, episodes, Stream.TEST)
         print(f"--- {name}, {n} objectives, {episodes} episodes")
-        if args.failures:
-            print_failures(failures(trajs, policy))
-        elif args.memory:
+        if args.memory:
             print_memory(memory(trajs, policy))
         else:
             for traj in trajs:
@@ -419,13 +335,6 @@ def evaluate_run(args):
 
 def silent(line):
     """For table(): tell nobody."""
-
-
-def print_failures(causes):
-    """What failures() found."""
-    for cause, row in causes.items():
-        print(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at turn "
-              f"{row['turn']:.0f} on average; for example\n    {row['example']}")
 
 
 def print_memory(rows):

@@ -29,6 +29,7 @@ Differs from the paper (sec. 3.3) and its released code:
 2) one <end> closes a turn, and a segment ends where the next tag begins;
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
 """
+import re
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -198,6 +199,22 @@ class Trajectory:
         return sum(sum(branch.loss_mask) for branch in self.branches)
 
 
+def remembered(traj):
+    """What an agent makes of its answers: [(turn, found, held), ...], an entry a query.
+
+    found  answers {(index, answer), ...} that it has asked for and been shown before this turn
+    held   those of them that stand in its state (one who keeps older states need not repeat them)
+    """
+    found, rows = set(), []
+    for t, turn in enumerate(traj.turns):
+        kind, _, _, query = parse(turn.written)
+        if kind == "query":
+            entries = set(re.findall(envs.ENTRY, ENC.decode(turn.state)))
+            rows.append((t, set(found), found & entries))
+        found |= envs.answers_shown(traj.env.paths, query, ENC.decode(turn.info))
+    return rows
+
+
 def tree(traj):
     """All tokens of a trajectory, the prompt's, then each branch's: (ids, parent, loss_mask).
 
@@ -332,21 +349,32 @@ KEEPS_STATES = keep_all, keep_window, keep_similar  # older states stay in view
 # What to imitate
 
 
-def expert(env, policy, turns, amnesic=False):
-    """What the demonstrator would write after `turns`, as ids. It sees what `policy` keeps."""
+def prompt_ids(env):
+    """What every turn sees: the task, after its tag, and what text there is before it."""
+    return [*ENC.encode_ordinary(env.before), TASK, *ENC.encode_ordinary(env.prompt)]
+
+
+def expert(env, policy, turns, rng=None):
+    """What the demonstrator would write after `turns`, as ids. It sees what `policy` keeps.
+
+    rng: None for the faithful one; a numpy Generator for one whose notes are aimless.
+    """
     seen = ENC.decode(policy(turns)) if turns else ""
-    state, kind, text = env.expert(seen, amnesic, policy in KEEPS_STATES)
+    fresh = policy in KEEPS_STATES
+    state, kind, text = env.expert(seen, fresh)
+    if rng is not None:
+        state, kind, text = envs.aimless(rng, env.prompt, seen, state, kind, text, fresh)
     ids = ENC.encode_ordinary(" " + state if state else "")
     ids.append(QUERY if kind == "query" else ANSWER)
     return ids + ENC.encode_ordinary(" " + text if text else "") + [END]
 
 
-def demonstrate(env, policy, amnesic=False):
+def demonstrate(env, policy, rng=None):
     """An episode played by the scripted demonstrator, as a trajectory to imitate."""
-    traj = Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)])
+    traj = Trajectory(env, prompt_ids(env))
     while not env.done:
         traj.open_turn(policy)
-        traj.close_turn(expert(env, policy, traj.turns, amnesic))
+        traj.close_turn(expert(env, policy, traj.turns, rng))
     return traj
 
 
@@ -366,9 +394,9 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Tokens that an agent may write in a turn: index, name and a spare one for each objective,
-    and for eight more."""
-    return (2 + env.width) * (8 + env.n_objectives)
+    """Tokens that an agent may write in a turn: index, name and a spare one for each objective, for
+    as many notes as clutter has, and for eight more."""
+    return (2 + env.width) * (8 + envs.MOST_CLUTTER + env.n_objectives)
 
 
 @torch.no_grad()
@@ -380,7 +408,7 @@ def rollout(model, environments, policy, rngs=None):
     """
     weight = model.emb.weight
     started = time.perf_counter()
-    trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in environments]
+    trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()

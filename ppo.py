@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from envs import Stream, keyed_rng
-from mem1 import LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recorded, rollout
+from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recorded, remembered,
+                  rollout)
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
@@ -170,10 +171,13 @@ def mean_over_episodes(trajs, episodes, device):
     rows = []
     for t in trajs:
         unpruned = len(keep_all(t.turns))  # what a context would hold that keeps everything
+        found, held = np.sum([[len(a), len(b)] for _, a, b in remembered(t)] or [[0, 0]], axis=0)
         rows.append([t.reward, t.env.em, t.env.n_objectives, t.peak, unpruned, len(t.turns),
-                     t.valid / len(t.turns)])
+                     t.valid / len(t.turns), found, held])
     sums = all_sum(torch.tensor(rows, dtype=torch.float32, device=device).sum(0))
-    return dict(zip(names, (sums / episodes).tolist()))
+    *sums, found, held = sums.tolist()
+    row = {name: sum / episodes for name, sum in zip(names, sums)}
+    return dict(row, memory=held / max(1.0, found))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ import ppo
 import train
 from envs import ComposedQA, Stream, keyed_rng
 from mem1 import (ANSWER, END, ENC, IS, LAYOUTS, POLICIES, QUERY, TAG_IDS, demonstrate, exercise,
-                  keep_all, keep_last, make_rows, predict, recorded, rollout)
+                  keep_all, keep_last, make_rows, predict, recorded, remembered,
+                  rollout)
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"
@@ -60,7 +61,7 @@ torch.set_num_threads(1)
 
 class AnyWorld:
     """Takes any action for `turns` turns, and answers each with random words and a forged tag."""
-    width, done = 1, False
+    width, done, paths, before = 1, False, {}, ""
 
     def __init__(self, turns, seed, n_objectives=1):
         self.left, self.n_objectives, self.em = turns, n_objectives, n_objectives // 2
@@ -267,7 +268,7 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, end
         alone = play(gpt, policy, turns, seed, slice(i, i + 1))
         assert alone[0].turns == traj.turns and far(acted(alone), acted([traj])) < 1e-10
         lengths = {len(turn.written) for turn in traj.turns}
-        assert ends > 0 or lengths == {3 * (8 + traj.env.n_objectives)}  # all are cut off
+        assert ends > 0 or lengths == {3 * (28 + traj.env.n_objectives)}  # all are cut off
 
 
 @parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -356,9 +357,11 @@ def test_the_environment_survives_any_action(first, second, kind, n):
 
 @parametrize("policy", [keep_last, keep_all])
 @parametrize("kind", ["list", "chain", "count"])
-def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(policy, kind):
-    def episode(n, seed, max_turns=None, amnesic=False):
-        traj = demonstrate(ComposedQA(n, (1, 3), seed, max_turns, (kind,)), policy, amnesic)
+def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind):
+    def episode(n, seed, max_turns=None, rng=None):
+        env = ComposedQA(n, (1, 3), seed, max_turns, (kind,))
+        envs.clutter(default_rng(seed), env)
+        traj = demonstrate(env, policy, rng)
         longest.append(max(len(ENC.decode(turn.state).split()) for turn in traj.turns))
         assert traj.env.cause == "answered"
         return traj.env.em
@@ -367,7 +370,7 @@ def test_the_demonstrator_solves_all_unless_it_forgets_or_runs_out_of_turns(poli
     for n in 1, 2, 5, 16, 64:
         assert [episode(n, seed) for seed in range(3)] == [n] * 3
     assert (max(longest) < 20) == (kind == "count" or policy is keep_all)  # it holds no list
-    for most, harm in (2, dict(amnesic=True)), (12, dict(max_turns=10)):
+    for most, harm in (4, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
         assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 
@@ -378,27 +381,13 @@ some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#
 @given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans(), booleans(),
        sampled_from(["", " count #17 jelo"]))
 @example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, False, "")
-def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, amnesic, fresh, head):
+def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, aimless, fresh, head):
     prompt = head + " #64 : jelo pupil #65 :: milu pupil neighbour ."
-    state, kind, said = envs.demonstrator(prompt, " ".join(seen), amnesic, fresh)
+    turn = state, kind, said = envs.demonstrator(prompt, " ".join(seen), fresh)
+    if aimless:
+        state, kind, said = envs.aimless(default_rng(0), prompt, " ".join(seen), *turn, fresh)
     form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
     assert "<" not in state + said and re.fullmatch(form, said)
-
-
-def test_the_search_tool_ranks_as_a_slow_bm25_does():
-    env = ComposedQA(8, (2, 2), seed=5)
-    facts = env.index.texts
-    pages = [[fact.split()[0], *fact.split()] for fact in facts]  # the title counts twice
-
-    def score(page, word):
-        df, tf = sum(word in other for other in pages), page.count(word)
-        return np.log((len(pages) + 1) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
-
-    for fact in facts:
-        a, b, _ = fact.split()
-        best = sorted(range(len(pages)), key=lambda i: -score(pages[i], a) - score(pages[i], b))[:3]
-        assert env.search(f"{a} {b}") == [facts[i] for i in sorted(best)]
-    assert env.search("?!") == env.search("nobody knows") == []
 
 
 @given(lists(names, min_size=1), lists(tuples(integers(0, 6), lists(names, max_size=2))))
@@ -439,14 +428,26 @@ def test_no_two_streams_share_an_episode(monkeypatch):
     assert len({env.prompt for env in played}) == 4 * 99
 
 
-def test_demonstrations_forget_as_often_as_told_and_spread_their_positions():
-    cfg = train.Config(objectives=(4, 4), forget=0.8)
+@parametrize("demos", ["aimless", "faithful"])
+def test_aimless_notes_do_not_depend_on_what_will_be_asked_for(demos):
+    cfg, noted = train.Config(demos=demos, objectives=(2, 2)), {True: [], False: []}
+    for i in range(400):
+        traj = train.demonstration(cfg, "mem1", 0, i, 99, 20)
+        index, answer = traj.env.golds[0]
+        t = next((t for t, found, _ in remembered(traj) if found), None)
+        if t:  # the answer has just been seen, and is still to be given
+            seen, state = ENC.decode(traj.turns[t - 1].info), ENC.decode(traj.turns[t].state)
+            for name in re.findall(r"(\w+)(?:,|$)", seen):  # what the facts in view say
+                noted[name == answer].append(f" {index} {name}" in state)
+    right, other = np.mean(noted[True]), np.mean(noted[False])
+    assert (abs(right - other) < 0.05) == (demos == "aimless")
+
+
+def test_demonstrations_spread_their_positions():
+    cfg = train.Config(objectives=(4, 4))
     trajs = [train.demonstration(cfg, "mem1", 0, i, 900, 40) for i in range(40)]
-    assert 0 < np.mean([traj.reward == 1 for traj in trajs]) < 0.4
     assert 700 < max(traj.positions[-1] for traj in trajs) < 900
-    for traj in trajs:
-        pos = make_rows([traj])[0].pos[0]
-        assert (pos == tensor(traj.positions)).all()
+    assert (make_rows(trajs[:1])[0].pos[0] == tensor(trajs[0].positions)).all()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -673,7 +674,7 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     steps = [(row["stage"], row["step"]) for row in logged(finished)]
     assert steps == [(stage, step) for stage in stages for step in (1, 2, 3, 4)]
     table = json.loads((finished / "results.json").read_text())
-    assert list(table) == ["mem1", "mem1-demos", "full", "full-demos", "truncate", "meta"]
+    assert list(table) == ["mem1-demos", "mem1", "full-demos", "full", "truncate", "meta"]
     cfg, models = train.load_run(finished)
     again = train.measure(train.load_model(models["mem1"]), keep_last, cfg, 1, 3, Stream.TEST)
     assert again["tokens"] == table["mem1"]["1"]["tokens"]
@@ -707,12 +708,11 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
     assert outcome(tmp_path) == outcome(finished)  # bit for bit
 
 
-def test_ppo_starts_from_an_imitated_agent_and_keeps_the_best_weights(finished, tmp_path):
-    with mutated("train.validate", "return", "return {'em@2': model.emb.weight[0, 0].item()} or"):
-        assert run(*TINY, tmp_path, "--start", finished, "--agents", "mem1") == (0, [])
+def test_ppo_starts_from_an_imitated_agent_and_ends_as_in_the_whole_run(finished, tmp_path):
+    assert run(*TINY, tmp_path, "--start", finished, "--agents", "mem1") == (0, [])
     after, before = weights(tmp_path), weights(finished)
-    best = max(row["em@2"] for row in logged(tmp_path)[1::2])  # of the two validations
-    assert after["mem1"][0][0][0] == best and str(after["mem1-demos"]) == str(before["mem1-demos"])
+    for name in "mem1-demos", "mem1@2", "mem1":
+        assert str(after[name]) == str(before[name]) != str(before["primer"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
@@ -750,7 +750,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
 --start /none: does not exist; --layout flat: invalid choice; --kinds riddle: invalid choice
 --agents nobody: invalid choice; --eval-objectives 500: eval-objectives; --env mars: env
---ppo-minibatches 65: ppo-minibatches; --nproc 999: nproc; --out /proc/run: /proc/run
+--ppo-minibatches 129: ppo-minibatches; --nproc 999: nproc; --out /proc/run: /proc/run
 --kinds list count --hops 1 1 --objectives 1 80: 1 to 79; --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
@@ -839,7 +839,6 @@ text after <end> is accepted | mem1.parse | ids[-1:] != [END] | not ids | the_pa
 ties between notes go to the earlier | mem1.keep_similar | ), t | ), -t | notes
 entropy is minus logp | mem1.predict | -(logps.exp() * logps).sum(-1) | -logp | rows_equal
 one turn beyond the budget | envs.Env.step | left > 0 | left >= 0 | the_environment
-forget is inverted | train.demonstration | < cfg.forget | > cfg.forget | demonstrations
 imitation lowers the likelihood | train.imitate | (-logp + | (logp + | imitation
 reward not divided by objectives | mem1.Trajectory.reward | / self.env.n_objectives | | one_whole
 reward of another episode | ppo.update | in trajs for r | in trajs[::-1] for r | one_whole

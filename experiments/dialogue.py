@@ -76,7 +76,7 @@ class Dialogue(ComposedQA):
     def act(self, text):
         return super().act(text) + self.messages.get(self.turn, "")
 
-    def expert(self, seen, amnesic=False, fresh=False):
+    def expert(self, seen, fresh=False):
         """The demonstrator of envs.py, for one who listens.
 
         Its state goes on with what the user said, in the same words, until that is dealt with:
@@ -89,8 +89,6 @@ class Dialogue(ComposedQA):
         pending = still_open(questions, changes, questions[0][0]) or questions
         unsaid = re.sub(f" {SAID}", "", seen)
         index, subject, relations, then = question_at_hand(pending, answers, unsaid, query)
-        if amnesic:
-            answers = {}
 
         # What did the last search bring to light? One step of the question at hand is done.
         found = []

@@ -128,7 +128,7 @@ class Shop(Env):
             reward = self.n_objectives * self.worth(self.open, self.chosen)
         return reward, reward
 
-    def expert(self, seen, amnesic=False, fresh=False):
+    def expert(self, seen, fresh=False):
         """The demonstrator: looks at all products of the type, remembers the best, and buys it.
 
         Its state says what the product just seen has of what is wanted, then the same of the best
@@ -136,8 +136,7 @@ class Shop(Env):
 
             #12 warm red under ; #9 warm : #17 next
 
-        amnesic  it carries no product on to another turn
-        fresh    makes no difference here: it writes nothing that could be left out
+        fresh makes no difference here: it writes nothing that could be left out.
         """
         form = r" want (\w+) ([\w ]+) in (\w+) under #(\d+)"
         kind, traits, color, limit = re.match(form, self.prompt).groups()
@@ -147,8 +146,6 @@ class Shop(Env):
         state, info = turns[-1] if turns else ("", "")
         notes = re.search(r"; ?([^;:]*) ?: ?(.*)", state)
         best, todo = (part.split() for part in notes.groups()) if notes else ([], [])
-        if amnesic:
-            best = []
 
         # The last observation is a product, or a page of products, or nothing new.
         look = []

@@ -1,4 +1,4 @@
-"""test_experiments.py: layouts.py, rewards.py, compare.py and bench.py, each at its smallest size.
+"""test_experiments.py: layouts, rewards, compare, failures and bench, each at its smallest size.
 
     python -m pytest -q experiments/test_experiments.py
 """
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 import ppo
 import train
-from experiments import bench, compare, layouts, rewards
+from experiments import bench, compare, failures, layouts, rewards
 from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last
 from model import GPT, GPTConfig
 
@@ -140,6 +140,18 @@ def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monke
     groups = printed(compare.main, [run, run, run.parent / "all", path.parent], capsys)
     assert list(groups) == ["em", "all", "judge"] and len(groups["em"]["em@2"]) == 2
     assert groups["all"]["to 0.8"] == [None] and groups["judge"]["to 0.8"] == [6.0]
+
+
+def test_lost_objectives_are_told_by_the_first_mistake(run, capsys):
+    failures.main([str(run), "--objectives", "2", "--episodes", "2"])
+    assert "malformed" in capsys.readouterr().out  # it has learned nothing in two steps
+    faithful, aimless = envs.ComposedQA(4, seed=1), envs.ComposedQA(4, seed=1)
+    assert not failures.failures([demonstrate(faithful, keep_last)], keep_last)
+    traj = demonstrate(aimless, keep_last, np.random.default_rng(1))
+    (cause,) = failures.failures([traj], keep_last)
+    assert cause.endswith("an entry")
+    with pytest.raises(SystemExit, match="the run has"):
+        failures.main([str(run), "--policies", "nobody"])
 
 
 def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
