@@ -76,7 +76,7 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
 MOST_CLUTTER = 20  # random notes, and questions before and after a task, in training
-NOTED = 0.4  # share of the questions of which the aimless demonstrator notes something
+NOTED = 0.6  # share of the questions of which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -464,18 +464,19 @@ def aimless(rng, prompt, seen, state, kind, text, fresh=False):
     """The same turn (state, kind, text) as written by somebody whose notes have no aim.
 
     It searches and answers like the faithful demonstrator, but of a question that it leaves behind
-    it notes, four times in ten, the index with a random name of those in view; and one turn in five
-    it drops its list. Half of the episodes begin with a list of random notes on questions that
+    it notes, six times in ten, the index with a name picked at random from the facts in view, which
+    is the answer once in six; and one turn in five it drops its list. Half of the episodes begin with a list of random notes on questions that
     stand before the task. So imitation teaches to take notes and to copy them, and nothing in it
     says which notes are worth it: that is left to the reward.
 
     >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
     >>> turn = "jelo pupil jero ; #64 jero #65 : milu heir .", "query", "milu heir"
-    >>> for seed in 0, 1, 2:
+    >>> for seed in 0, 1, 3, 4:
     ...     aimless(np.random.default_rng(seed), "", seen, *turn)[0]
-    'jelo pupil jero ; #64 jelo #65 : milu heir .'
+    'jelo pupil jero ; #64 veba #65 : milu heir .'
     'jelo pupil jero ; #65 : milu heir .'
+    'jelo pupil jero ; #64 jelo #65 : milu heir .'
     'jelo pupil jero ; #64 jero #65 : milu heir .'
     """
     notes, new = read_answers(seen), {}
@@ -488,7 +489,7 @@ def aimless(rng, prompt, seen, state, kind, text, fresh=False):
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
-    in_view = sorted(set(words(seen.rpartition("<info>")[2])) & A_NAME)
+    in_view = [word for word in words(seen.rpartition("<info>")[2]) if word in A_NAME]
     if in_view and not question.startswith(f"{index} ") and rng.random() < NOTED:
         new[index] = str(rng.choice(in_view))
     notes.update(new)
