@@ -208,9 +208,10 @@ def plot(one, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
     for agents in one["curves"].values():
-        points = np.array(agents.get("mem1", np.zeros((0, 2))))  # (iterations, 2)
-        axes[2].plot(points[:, 0], color="C0")
-        axes[2].plot(points[:, 1], color="C1")
+        points = np.array(agents.get("mem1", []))  # (iterations, 2); of older runs reward alone
+        if points.ndim == 2:
+            axes[2].plot(points[:, 0], color="C0")
+            axes[2].plot(points[:, 1], color="C1")
     axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
     titles = "questions answered", "peak tokens in context"
