@@ -465,9 +465,10 @@ def aimless(rng, prompt, seen, state, kind, text, fresh=False):
 
     It searches and answers like the faithful demonstrator, but of a question that it leaves behind
     it notes, six times in ten, the index with a name picked at random from the facts in view, which
-    is the answer once in six; and one turn in five it drops its list. Half of the episodes begin with a list of random notes on questions that
-    stand before the task. So imitation teaches to take notes and to copy them, and nothing in it
-    says which notes are worth it: that is left to the reward.
+    is the answer once in six; and one turn in five it drops its list. Half of the episodes begin
+    with a list of random notes on questions that stand before the task. So imitation teaches to
+    take notes and to copy them, and nothing in it says which are worth it: that is left to the
+    reward.
 
     >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")

@@ -42,8 +42,7 @@ import ppo
 import train
 from envs import ComposedQA, Stream, keyed_rng
 from mem1 import (ANSWER, END, ENC, IS, LAYOUTS, POLICIES, QUERY, TAG_IDS, demonstrate, exercise,
-                  keep_all, keep_last, make_rows, predict, recorded, remembered,
-                  rollout)
+                  keep_all, keep_last, make_rows, predict, recorded, remembered, rollout)
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"

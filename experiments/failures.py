@@ -3,8 +3,8 @@
     python experiments/failures.py runs/cpu --objectives 16
     python experiments/failures.py runs/cpu --objectives 16 --policies mem1 full --episodes 256
 
-A mistake is the first turn that is not what the faithful demonstrator would have written, given what
-the agent saw.
+A mistake is the first turn that is not what the faithful demonstrator would have written, given
+what the agent saw.
 """
 import argparse
 import re
