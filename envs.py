@@ -218,7 +218,7 @@ def invent(indices, hops, kind, pool, rng):
     `path` lists the facts that lead to the answer; `triples` are all facts, shuffled.
     """
     n = len(indices)
-    names = iter(map(str, rng.permutation(pool)))  # a name is the subject of one chain only
+    names = (pool[i] for i in rng.permutation(len(pool)))  # a name is the subject of one chain only
     head = []
     earlier = {}  # chain: {question: the question whose answer is its subject}
     if kind == "chain":
@@ -247,7 +247,7 @@ def invent(indices, hops, kind, pool, rng):
                 answer = draw_answer(head, pool, rng)
             triples.append((subject, relation, answer))
             for other in rng.choice(others, DISTRACTORS, replace=False):
-                triples.append((subject, str(other), str(rng.choice(pool))))
+                triples.append((subject, str(other), pool[rng.integers(len(pool))]))
             path.append(f"{subject} {relation} {answer}")
             subject = answer
         questions.append((start, chain, path))
@@ -484,7 +484,7 @@ def aimless(rng, prompt, seen, state, kind, text, fresh=False):
     if not seen and rng.random() < 0.5:
         first = INDICES.index(re.search(r"#\d+", prompt)[0])
         for index in INDICES[max(0, first - int(rng.integers(1, MOST_CLUTTER + 1))) : first]:
-            new[index] = str(rng.choice(NAMES))
+            new[index] = NAMES[rng.integers(len(NAMES))]
     if seen and rng.random() < 0.2:
         notes = {}
     found, _, listed = state.partition(LIST)
@@ -522,8 +522,9 @@ def clutter(rng, env):
     def others(indices):
         some = []
         for index in indices:
-            relations = [str(r) for r in rng.permutation(RELATIONS)[: rng.integers(1, 3)]]
-            some += [index, *asked(str(rng.choice(NAMES)), relations)]
+            chosen = rng.permutation(len(RELATIONS))[: rng.integers(1, 3)]
+            name = NAMES[rng.integers(len(NAMES))]
+            some += [index, *asked(name, [RELATIONS[r] for r in chosen])]
             some += [STOP] if rng.random() < stops else []
         return "".join(f" {word}" for word in some)
 

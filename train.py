@@ -219,13 +219,13 @@ def imitate(learner, optimizer, trajs, cfg):
 # Data
 
 
-def training_env(cfg, stream, step, i, n_objectives=None, max_turns=None):
+def training_env(cfg, stream, step, i, n_objectives=None):
     """The environment of one episode; its number of objectives is drawn if not given. What is
     trained on is cluttered, what is tested on is not."""
     if n_objectives is None:
         low, high = cfg.objectives
         n_objectives = int(keyed_rng(cfg.seed, stream, step, i, 1).integers(low, high + 1))
-    env = envs.make_env(cfg, n_objectives, [cfg.seed, stream, step, i, 0], max_turns)
+    env = envs.make_env(cfg, n_objectives, [cfg.seed, stream, step, i, 0])
     rng = keyed_rng(cfg.seed, stream, step, i, 4)
     if stream in (Stream.DEMOS, Stream.PPO) and rng.random() < cfg.clutter:
         envs.clutter(rng, env)
@@ -250,10 +250,9 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     env = training_env(cfg, Stream.DEMOS, step, i)
     enough, which = env.max_turns, rng.random()
     if which < 0.3:
-        env = training_env(cfg, Stream.DEMOS, step, i, max_turns=int(rng.integers(2, enough)))
+        env.max_turns = int(rng.integers(2, enough))
     elif which < 0.6:
-        turns = int(rng.integers(enough, max(enough, most_turns) + 1))
-        env = training_env(cfg, Stream.DEMOS, step, i, max_turns=turns)
+        env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
     traj = demonstrate(env, POLICIES[agent], rng if cfg.demos == "aimless" else None)
     length = len(traj.prompt) + max(len(branch.ids) for branch in traj.branches)
     L = rng.integers(length, max(longest, length) + 1)
