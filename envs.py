@@ -460,7 +460,7 @@ def demonstrator(prompt, seen="", fresh=False):
     return " ".join(filter(None, state)), "query", query
 
 
-def aimless(rng, prompt, seen, state, kind, text, fresh=False):
+def aimless(rng, prompt, seen, state, kind, text):
     """The same turn (state, kind, text) as written by somebody whose notes have no aim.
 
     It searches and answers like the faithful demonstrator, but of a question that it leaves behind
@@ -495,7 +495,7 @@ def aimless(rng, prompt, seen, state, kind, text, fresh=False):
         new[index] = str(rng.choice(in_view))
     notes.update(new)
     if kind == "query":
-        parts = [found.strip(), LIST, entries(new if fresh else notes), question]
+        parts = [found.strip(), LIST, entries(notes), question]
         return " ".join(filter(None, parts)), kind, text
     answers = read_answers(text)  # what it has just found is in view
     if index in answers:

@@ -363,7 +363,7 @@ def expert(env, policy, turns, rng=None):
     fresh = policy in KEEPS_STATES
     state, kind, text = env.expert(seen, fresh)
     if rng is not None:
-        state, kind, text = envs.aimless(rng, env.prompt, seen, state, kind, text, fresh)
+        state, kind, text = envs.aimless(rng, env.prompt, seen, state, kind, text)
     ids = ENC.encode_ordinary(" " + state if state else "")
     ids.append(QUERY if kind == "query" else ANSWER)
     return ids + ENC.encode_ordinary(" " + text if text else "") + [END]
@@ -394,9 +394,9 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Tokens that an agent may write in a turn: index, name and a spare one for each objective, for
-    as many notes as clutter has, and for eight more."""
-    return (2 + env.width) * (8 + envs.MOST_CLUTTER + env.n_objectives)
+    """Tokens that an agent may write in a turn: index and name of each objective and of as many
+    notes as clutter has, and room for all else."""
+    return (1 + env.width) * (env.n_objectives + envs.MOST_CLUTTER) + 8 * (2 + env.width)
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, end
         alone = play(gpt, policy, turns, seed, slice(i, i + 1))
         assert alone[0].turns == traj.turns and far(acted(alone), acted([traj])) < 1e-10
         lengths = {len(turn.written) for turn in traj.turns}
-        assert ends > 0 or lengths == {3 * (28 + traj.env.n_objectives)}  # all are cut off
+        assert ends > 0 or lengths == {2 * (32 + traj.env.n_objectives)}  # all are cut off
 
 
 @parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -369,7 +369,7 @@ def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind
     for n in 1, 2, 5, 16, 64:
         assert [episode(n, seed) for seed in range(3)] == [n] * 3
     assert (max(longest) < 20) == (kind == "count" or policy is keep_all)  # it holds no list
-    for most, harm in (4, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
+    for most, harm in (3, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
         assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 
@@ -384,7 +384,7 @@ def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, aimless,
     prompt = head + " #64 : jelo pupil #65 :: milu pupil neighbour ."
     turn = state, kind, said = envs.demonstrator(prompt, " ".join(seen), fresh)
     if aimless:
-        state, kind, said = envs.aimless(default_rng(0), prompt, " ".join(seen), *turn, fresh)
+        state, kind, said = envs.aimless(default_rng(0), prompt, " ".join(seen), *turn)
     form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
     assert "<" not in state + said and re.fullmatch(form, said)
 

@@ -11,7 +11,7 @@ Three stages, each a loop below. Qwen2.5-7B, which the paper starts from, can re
 can not, hence the first:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation, on one and two objectives: the format, and how to search. The notes that
-             are imitated have no aim (envs.aimless)
+             mem1 imitates have no aim (envs.aimless)
     ppo      reward, on two objectives: that answers are worth a note
 The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy
 differs.
@@ -50,7 +50,7 @@ from tqdm import tqdm
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import (ENC, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
+from mem1 import (ENC, KEEPS_STATES, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
                   predict, rollout)
 from model import GPT, GPTConfig
 
@@ -90,7 +90,7 @@ class Config:
     demos_steps: int = 1300
     demos_batch: int = 32  # episodes a step
     demos_lr: float = 2e-3
-    demos: str = "aimless"  # whom to imitate: aimless notes, or faithful ones
+    demos: str = "aimless"  # whom to imitate; agents that keep older states: the faithful one
     # ppo
     ppo_steps: int = 60
     ppo_batch: int = 128  # episodes a step
@@ -253,7 +253,8 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
         env.max_turns = int(rng.integers(2, enough))
     elif which < 0.6:
         env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
-    traj = demonstrate(env, POLICIES[agent], rng if cfg.demos == "aimless" else None)
+    aimless = cfg.demos == "aimless" and POLICIES[agent] not in KEEPS_STATES
+    traj = demonstrate(env, POLICIES[agent], rng if aimless else None)
     length = len(traj.prompt) + max(len(branch.ids) for branch in traj.branches)
     L = rng.integers(length, max(longest, length) + 1)
     traj.positions = np.sort(rng.choice(L, length, replace=False))

@@ -31,7 +31,8 @@ class Metronome:
         self.done = False
         self.prompt = " jelo" * (prompt - 1)
         self.paths, self.before = {}, ""
-        self.width, self.n_objectives = -1, written - 8 - envs.MOST_CLUTTER  # no task: just the cap
+        self.width = 0  # no task: just the cap
+        self.n_objectives = written - 16 - envs.MOST_CLUTTER
         assert turn_cap(self) == written, "nothing but the cap may end a turn"
 
     def step(self, kind, text):
