@@ -50,8 +50,8 @@ from tqdm import tqdm
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import (ENC, KEEPS_STATES, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
-                  predict, rollout)
+from mem1 import (ENC, KEEPS_STATES, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last,
+                  make_rows, predict, rollout)
 from model import GPT, GPTConfig
 
 
