@@ -334,11 +334,11 @@ def world_module(name):
     return importlib.import_module(f"experiments.{name}")  # all that is known here of experiments/
 
 
-def make_env(cfg, n_objectives, seed, max_turns=None):
+def make_env(cfg, n_objectives, seed):
     """The environment of one episode in the world of a configuration."""
     if cfg.env == "qa":
-        return ComposedQA(n_objectives, cfg.hops, seed, max_turns, cfg.kinds, cfg.names)
-    return world_module(cfg.env).make_env(cfg, n_objectives, seed, max_turns)
+        return ComposedQA(n_objectives, cfg.hops, seed, None, cfg.kinds, cfg.names)
+    return world_module(cfg.env).make_env(cfg, n_objectives, seed)
 
 
 def extra_words(cfg):

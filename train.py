@@ -90,7 +90,7 @@ class Config:
     demos_steps: int = 1300
     demos_batch: int = 32  # episodes a step
     demos_lr: float = 2e-3
-    demos: str = "aimless"  # whom to imitate; agents that keep older states: the faithful one
+    demos: str = "aimless"  # notes to imitate; agents that keep older states imitate faithful ones
     # ppo
     ppo_steps: int = 60
     ppo_batch: int = 128  # episodes a step
@@ -235,7 +235,13 @@ def training_env(cfg, stream, step, i, n_objectives=None):
 def demonstration(cfg, agent, step, i, longest, most_turns):
     """One episode of the demonstrator; its turn budget is too small in some, more than enough in
     others, so that it is seen what to do when the turns run out, and every number of turns that an
-    agent may be told on a long horizon.
+    agent may be told on a long horizon. An agent that keeps its older states has nothing to
+    remember, so it gets the better teacher, whose notes are faithful:
+
+    >>> for agent in "mem1", "full":
+    ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
+    16
+    25
 
     Positions are a random increasing subset of 0..L-1, with L drawn between the episode's own
     length (positions as when acting) and `longest`: spread so thin, a short training episode has

@@ -171,8 +171,8 @@ def still_open(questions, changes, then):
     return [(*question, then) for question, then in zip(rest, following)]
 
 
-def make_env(cfg, n_objectives, seed, max_turns=None):
-    return Dialogue(n_objectives, cfg.hops, seed, max_turns)
+def make_env(cfg, n_objectives, seed):
+    return Dialogue(n_objectives, cfg.hops, seed)
 
 
 def extra_words(cfg):

@@ -122,8 +122,8 @@ class FactsQA(ComposedQA):
         return super().mark(text)
 
 
-def make_env(cfg, n_objectives, seed, max_turns=None):
-    return FactsQA(read_facts(cfg.facts), n_objectives, cfg.hops, seed, max_turns)
+def make_env(cfg, n_objectives, seed):
+    return FactsQA(read_facts(cfg.facts), n_objectives, cfg.hops, seed)
 
 
 def extra_words(cfg):

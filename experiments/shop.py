@@ -189,8 +189,8 @@ def pick(rng, pool, n):
     return [str(word) for word in rng.choice(pool, n, replace=False)]
 
 
-def make_env(cfg, n_objectives, seed, max_turns=None):
-    return Shop(n_objectives, seed, max_turns)
+def make_env(cfg, n_objectives, seed):
+    return Shop(n_objectives, seed)
 
 
 def extra_words(cfg):

@@ -135,7 +135,8 @@ def test_the_reward_is_the_share_of_what_was_wanted():
     env.step("answer", "buy")
     assert env.em == 0.0
     for seed in range(10):  # in haste, the demonstrator buys the best product so far
-        env = envs.make_env(CFG["shop"], 8, [seed], max_turns=8)
+        env = envs.make_env(CFG["shop"], 8, [seed])
+        env.max_turns = 8
         best = play(env)[-1].split("; ")[1].split()[0]
         assert env.cause == "answered" and (best == env.open or best == ":")
 

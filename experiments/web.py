@@ -118,8 +118,8 @@ class WebQA(ComposedQA):
         return super().search(query)
 
 
-def make_env(cfg, n_objectives, seed, max_turns=None):
-    return WebQA(n_objectives, cfg.hops, seed, max_turns)
+def make_env(cfg, n_objectives, seed):
+    return WebQA(n_objectives, cfg.hops, seed)
 
 
 def extra_words(cfg):
