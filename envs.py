@@ -113,6 +113,7 @@ class Env:
     paths   {index: facts that lead to the answer}, where there are such
     width   tokens of a name at most
     before  text that stands before the task
+    notes   a state from before the first turn, "" for none
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -123,6 +124,7 @@ class Env:
         self.max_turns = max_turns
         self.width = 1
         self.before = ""
+        self.notes = ""
         self.paths = {}
         self.turn = 0
         self.done = False
@@ -460,40 +462,31 @@ def demonstrator(prompt, seen="", fresh=False):
     return " ".join(filter(None, state)), "query", query
 
 
-def aimless(rng, prompt, seen, state, kind, text):
+def aimless(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by somebody whose notes have no aim.
 
     It searches and answers like the faithful demonstrator, but of a question that it leaves behind
     it notes, six times in ten, the index with a name picked at random from the facts in view, which
-    is the answer once in six; and one turn in five it drops its list. Half of the episodes begin
-    with a list of random notes on questions that stand before the task. So imitation teaches to
-    take notes and to copy them, and nothing in it says which are worth it: that is left to the
-    reward.
+    is the answer once in six; and one turn in five it drops its list. So imitation teaches to take
+    notes and to copy them, and nothing in it says which are worth it: that is left to the reward.
 
     >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
     >>> turn = "jelo pupil jero ; #64 jero #65 : milu heir .", "query", "milu heir"
-    >>> for seed in 0, 1, 3, 4:
-    ...     aimless(np.random.default_rng(seed), "", seen, *turn)[0]
+    >>> for seed in 0, 1, 6:
+    ...     aimless(np.random.default_rng(seed), seen, *turn)[0]
     'jelo pupil jero ; #64 veba #65 : milu heir .'
     'jelo pupil jero ; #65 : milu heir .'
-    'jelo pupil jero ; #64 jelo #65 : milu heir .'
     'jelo pupil jero ; #64 jero #65 : milu heir .'
     """
-    notes, new = read_answers(seen), {}
-    if not seen and rng.random() < 0.5:
-        first = INDICES.index(re.search(r"#\d+", prompt)[0])
-        for index in INDICES[max(0, first - int(rng.integers(1, MOST_CLUTTER + 1))) : first]:
-            new[index] = NAMES[rng.integers(len(NAMES))]
-    if seen and rng.random() < 0.2:
-        notes = {}
+    notes = {} if rng.random() < 0.2 else read_answers(seen)
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
-    in_view = [word for word in words(seen.rpartition("<info>")[2]) if word in A_NAME]
+    info = ([""] + re.findall("<info>([^<]*)", seen))[-1]
+    in_view = [word for word in words(info) if word in A_NAME]
     if in_view and not question.startswith(f"{index} ") and rng.random() < NOTED:
-        new[index] = str(rng.choice(in_view))
-    notes.update(new)
+        notes[index] = str(rng.choice(in_view))
     if kind == "query":
         parts = [found.strip(), LIST, entries(notes), question]
         return " ".join(filter(None, parts)), kind, text
@@ -504,32 +497,41 @@ def aimless(rng, prompt, seen, state, kind, text):
 
 
 def clutter(rng, env):
-    """Put a task into the midst of other questions, up to 20 on each side, not asked for.
+    """Put a task into the midst of other questions, up to 20 on each side, not asked for, and begin
+    half of the episodes with a state in which questions before the task have been answered.
 
     `<task>` marks where it begins, and it ends at the first `.` after that; others are strewn among
     what is not asked for. So neither the length of a prompt nor where its lists end tells how much
     is to be done, and it is not to be learned by heart that there are never more than two.
 
     >>> env = ComposedQA(1, seed=3)
-    >>> clutter(np.random.default_rng(260), env)
+    >>> clutter(np.random.default_rng(688), env)
     >>> f"{env.before}<task>{env.prompt}"
-    ' #63 :: pavu rival pupil .<task> #64 : jelo pupil . #65 :: pira heir deputy .'
+    ' #63 : divi mentor<task> #64 : jelo pupil . #65 : zeza mentor'
+    >>> env.notes
+    ' ; #62 subo #63 soja'
     """
     asked_for = re.findall(r"#\d+", env.prompt)
     first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
     stops = rng.random()  # share of the questions that end with a `.`
 
+    def some():
+        return int(rng.integers(MOST_CLUTTER + 1))
+
     def others(indices):
-        some = []
+        text = []
         for index in indices:
             chosen = rng.permutation(len(RELATIONS))[: rng.integers(1, 3)]
             name = NAMES[rng.integers(len(NAMES))]
-            some += [index, *asked(name, [RELATIONS[r] for r in chosen])]
-            some += [STOP] if rng.random() < stops else []
-        return "".join(f" {word}" for word in some)
+            text += [index, *asked(name, [RELATIONS[r] for r in chosen])]
+            text += [STOP] if rng.random() < stops else []
+        return "".join(f" {word}" for word in text)
 
-    env.before = others(INDICES[max(0, first - int(rng.integers(MOST_CLUTTER + 1))) : first])
-    env.prompt += others(INDICES[last + 1 :][: rng.integers(MOST_CLUTTER + 1)])
+    env.before = others(INDICES[max(0, first - some()) : first])
+    env.prompt += others(INDICES[last + 1 :][: some()])
+    if rng.random() < 0.5:
+        old = INDICES[max(0, first - some()) : first]
+        env.notes = " ".join(["", LIST, *(f"{i} {NAMES[rng.integers(len(NAMES))]}" for i in old)])
 
 
 def read_prompt(prompt):

@@ -77,9 +77,8 @@ def memory(trajs, policy):
         right  share of turns that are what the demonstrator would write
         state  tokens in the state
     """
-    by_turn, episodes = {}, 0
+    by_turn = {}
     for traj in trajs:
-        episodes += 1
         for t, found, held in remembered(traj):
             turn = traj.turns[t]
             right = turn.written == expert(traj.env, policy, traj.turns[:t])
@@ -88,7 +87,7 @@ def memory(trajs, policy):
     rows = {}
     for t, cells in sorted(by_turn.items()):
         found, held, right, state = np.mean(cells, axis=0).tolist()
-        rows[str(t)] = dict(going=len(cells) / episodes, found=found, right=right, state=state,
+        rows[str(t)] = dict(going=len(cells) / len(trajs), found=found, right=right, state=state,
                             held=held / found if found else 0.0)
     return rows
 
@@ -143,7 +142,8 @@ def look_closer(one, cfg, saved, seed, method):
     episodes = min(64, cfg.eval_episodes)
     one["seeds"][seed][method][str(farthest)] = measure(
         model, policy, cfg, farthest, episodes, Stream.TEST)
-    one["memory"][seed][method] = memory(play(model, policy, cfg, n, episodes, Stream.TEST), policy)
+    trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
+    one["memory"][seed][method] = memory(trajs, policy)
 
 
 FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",
@@ -174,11 +174,12 @@ README_AGENTS = {"mem1-demos": "mem1, imitation only", "mem1": "mem1, after PPO"
 
 def readme_table(one):
     """EM and peak at 1, 4, 16 and 32 objectives of the agents that the README compares."""
-    head = ["", *(f"EM of {n}" for n in (1, 4, 16, 32)), *(f"peak at {n}" for n in (1, 4, 16, 32))]
+    horizons = 1, 4, 16, 32
+    head = ["", *(f"EM of {n}" for n in horizons), *(f"peak at {n}" for n in horizons)]
     rows = []
     for method, text in README_AGENTS.items():
-        em = [cell(one, method, n, "em", ".2f") for n in (1, 4, 16, 32)]
-        peak = [cell(one, method, n, "peak", ".0f") for n in (1, 4, 16, 32)]
+        em = [cell(one, method, n, "em", ".2f") for n in horizons]
+        peak = [cell(one, method, n, "peak", ".0f") for n in horizons]
         rows.append([text, *em, *peak])
     return markdown(head, rows)
 
@@ -320,13 +321,13 @@ def evaluate_run(args):
         return results
 
     n = args.objectives[0] if args.objectives else 4 if args.show else min(16, longest)
-    episodes = args.show or args.episodes or 64
+    which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
     listed = env.paths and not getattr(env, "head", None)
     assert listed or not args.memory, "--memory: in this world a state holds no list of answers"
     for name, (model, policy) in chosen.items():
-        trajs = play(load_model(models[model], cfg.device), policy, cfg, n, episodes, Stream.TEST)
-        print(f"--- {name}, {n} objectives, {episodes} episodes")
+        trajs = play(load_model(models[model], cfg.device), policy, cfg, n, which, Stream.TEST)
+        print(f"--- {name}, {n} objectives, {len(which)} episodes")
         if args.memory:
             print_memory(memory(trajs, policy))
         else:

@@ -155,7 +155,7 @@ class Trajectory:
 
     def open_turn(self, policy):
         """Put into context what the agent sees before it writes. True if it is a new branch."""
-        context = [*(policy(self.turns) if self.turns else []), IS]
+        context = [*recall(self.env, policy, self.turns), IS]
         last = self.branches[-1].ids if self.branches else None
         new_branch = last is None or context[: len(last)] != last
         if new_branch:
@@ -281,7 +281,7 @@ def picture(traj):
 
 def sketch(policy, turns):
     """The smallest trajectory of so many turns: a state, a query and an info of one token each."""
-    env = SimpleNamespace(step=lambda kind, text: "", done=False)
+    env = SimpleNamespace(step=lambda kind, text: "", done=False, notes="")
     traj = Trajectory(env, [TASK])
     for t in range(turns):
         env.done = t == turns - 1
@@ -345,6 +345,20 @@ POLICIES = {"mem1": keep_last, "full": keep_all, "window": keep_window, "notes":
             "amnesic": keep_info}
 KEEPS_STATES = keep_all, keep_window, keep_similar  # older states stay in view
 
+
+def past(env, turns):
+    """What a policy chooses from. An episode may begin with notes from before its first turn."""
+    if not env.notes:
+        return turns
+    return [Turn([IS, *ENC.encode_ordinary(env.notes)], [], []), *turns]
+
+
+def recall(env, policy, turns):
+    """What the next turn sees of the past, as ids."""
+    turns = past(env, turns)
+    return policy(turns) if turns else []
+
+
 # ----------------------------------------------------------------------------------------------
 # What to imitate
 
@@ -359,11 +373,11 @@ def expert(env, policy, turns, rng=None):
 
     rng: None for the faithful one; a numpy Generator for one whose notes are aimless.
     """
-    seen = ENC.decode(policy(turns)) if turns else ""
+    seen = ENC.decode(recall(env, policy, turns))
     fresh = policy in KEEPS_STATES
     state, kind, text = env.expert(seen, fresh)
     if rng is not None:
-        state, kind, text = envs.aimless(rng, env.prompt, seen, state, kind, text)
+        state, kind, text = envs.aimless(rng, seen, state, kind, text)
     ids = ENC.encode_ordinary(" " + state if state else "")
     ids.append(QUERY if kind == "query" else ANSWER)
     return ids + ENC.encode_ordinary(" " + text if text else "") + [END]
@@ -399,16 +413,28 @@ def turn_cap(env):
     return (1 + env.width) * (env.n_objectives + envs.MOST_CLUTTER) + 8 * (2 + env.width)
 
 
-@torch.no_grad()
+BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
+
+
 def rollout(model, environments, policy, rngs=None):
-    """Play all `environments` side by side, each to its end. Returns their trajectories, in order.
+    """Play all `environments`, each to its end. Returns their trajectories, in order.
 
     rngs: a numpy Generator an episode, so that an episode is the same whatever runs beside it.
     None: greedy, always the likeliest token.
     """
+    trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
+    order = sorted(range(len(trajs)), key=lambda e: len(trajs[e].prompt))  # little padding
+    for i in range(0, len(order), BATCH):
+        some = order[i : i + BATCH]
+        play_out(model, [trajs[e] for e in some], policy, rngs and [rngs[e] for e in some])
+    return trajs
+
+
+@torch.no_grad()
+def play_out(model, trajs, policy, rngs):
+    """Play some trajectories side by side, from their first turn to their last."""
     weight = model.emb.weight
     started = time.perf_counter()
-    trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()
@@ -442,7 +468,6 @@ def rollout(model, environments, policy, rngs=None):
     for traj in trajs:
         traj.seconds = (time.perf_counter() - started) / len(trajs)
         traj.kv_bytes = cache.bytes // len(trajs)
-    return trajs
 
 
 def feed(model, cache, contexts):
@@ -643,9 +668,11 @@ def stitched(traj, released=False):
     """
     branch = Branch()
     turn, part = [-1] * len(traj.prompt), ["prompt"] * len(traj.prompt)
-    for t, this in enumerate(traj.turns):
+    turns = past(traj.env, traj.turns)
+    given = len(turns) - len(traj.turns)
+    for t, this in enumerate(turns):
         branch.extend(this.state[:1], loss_mask=False)  # its <IS> is given
-        branch.extend(this.written, loss_mask=True)
+        branch.extend(this.written, loss_mask=t >= given)
         branch.extend(this.info, loss_mask=False)
         for name, ids in vars(this).items():  # state, action, info
             turn += [t] * len(ids)

@@ -78,8 +78,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         return (policy_term + cfg.value_coef * value_term).sum() / n
 
     def reading_loss(rows, n):  # a little of the primer, or reading skills erode
-        logp, value, _ = predict(model, rows)
-        return (-cfg.primer_coef * logp.sum() + 0.0 * value.sum()) / n  # DDP needs every gradient
+        return cfg.primer_coef * nll(model, rows) / n
 
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
@@ -98,6 +97,13 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         mean_over_episodes(trajs, cfg.ppo_batch, device), tokens=int(tokens), norm=norm,
         kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_max(gap).item())
+
+
+def nll(model, rows):
+    """Negative log-likelihood of the tokens to imitate, summed. It does not concern the critic, but
+    DDP waits for every gradient."""
+    logp, value, _ = predict(model, rows)
+    return -logp.sum() + 0.0 * value.sum()
 
 
 def optimizer_step(model, optimizer, work, grad_clip):

@@ -62,8 +62,9 @@ class AnyWorld:
     """Takes any action for `turns` turns, and answers each with random words and a forged tag."""
     width, done, paths, before = 1, False, {}, ""
 
-    def __init__(self, turns, seed, n_objectives=1):
+    def __init__(self, turns, seed, n_objectives=1, notes=""):
         self.left, self.n_objectives, self.em = turns, n_objectives, n_objectives // 2
+        self.notes = notes
         self.rng = default_rng(seed)
         self.prompt = self.words()
 
@@ -77,8 +78,9 @@ class AnyWorld:
 
 
 def worlds(turns=(4, 1, 5, 2, 3), seed=0):
-    """A world for each entry of `turns`, with 1 to 4 objectives."""
-    return [AnyWorld(n, [seed, i], 1 + i % 4) for i, n in enumerate(turns)]
+    """A world for each entry of `turns`, with 1 to 4 objectives; some begin with notes."""
+    notes = ["", " ; #1 jelo <end>"]
+    return [AnyWorld(n, [seed, i], 1 + i % 4, notes[i % 2]) for i, n in enumerate(turns)]
 
 
 def talkative(seed=0, ends=8.0, n_layer=2, n_head=2):
@@ -137,8 +139,10 @@ budgets = sampled_from([1, 64, 200, 8192])
 
 def contexts(traj, policy):
     """Oracle: (context, token) of all that the agent wrote, each context laid out anew."""
+    given = [mem1.Turn([IS, *ENC.encode_ordinary(traj.env.notes)], [], [])]
     for t, turn in enumerate(traj.turns):
-        context = traj.prompt + (policy(traj.turns[:t]) if t else []) + [IS]
+        past = given[: len(traj.env.notes)] + traj.turns[:t]
+        context = traj.prompt + (policy(past) if past else []) + [IS]
         for token in turn.state[1:] + turn.action:
             yield context, token
             context = context + [token]
@@ -252,7 +256,9 @@ def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, p
         gpt = talkative(n_layer=1, n_head=16)
         gpt.blocks[0].taps.data.zero_()  # what differs otherwise is what these carry
     trajs = play(gpt, keep_last, [6, 5, 6])
-    turn = tensor([t for traj in trajs for t, this in enumerate(traj.turns) for _ in this.written])
+    turn = tensor([t for traj in trajs  # notes given at the start are a turn, too
+                   for t, this in enumerate(traj.turns, 1 if traj.env.notes else 0)
+                   for _ in this.written])
     off = (learned(gpt, [LAYOUTS[layout](traj) for traj in trajs])[0] - acted(trajs)[0]).abs()
     assert off[turn < exact].max() < 1e-12
     assert all(off[turn == t].max() > 1e-3 for t in range(exact, 6))
@@ -384,7 +390,7 @@ def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, aimless,
     prompt = head + " #64 : jelo pupil #65 :: milu pupil neighbour ."
     turn = state, kind, said = envs.demonstrator(prompt, " ".join(seen), fresh)
     if aimless:
-        state, kind, said = envs.aimless(default_rng(0), prompt, " ".join(seen), *turn)
+        state, kind, said = envs.aimless(default_rng(0), " ".join(seen), *turn)
     form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
     assert "<" not in state + said and re.fullmatch(form, said)
 
@@ -423,7 +429,7 @@ def test_no_two_streams_share_an_episode(monkeypatch):
     for stream in Stream.DEMOS, Stream.PPO:
         played += [train.training_env(cfg, stream, 0, i, 2) for i in range(99)]
     for stream in Stream.VALID, Stream.TEST:
-        played += train.play(0, 0, cfg, 2, 99, stream)
+        played += train.play(0, 0, cfg, 2, range(99), stream)
     assert len({env.prompt for env in played}) == 4 * 99
 
 
@@ -507,10 +513,8 @@ def test_imitation_equals_an_independent_computation():
     gpt, twin = talkative(), talkative()
     trajs = [exercise(ALL_ON, 0, 0, 4), demonstrate(ComposedQA(2), keep_last)]
     train.imitate(gpt, sgd(gpt), trajs, ALL_ON)
-    reading, task = [dense(twin, traj) for traj in trajs]
-    error = ALL_ON.value_coef / 2 * (task[1] - 1) ** 2  # the demonstrator earns 1
-    loss = (error - task[0]).sum() - reading[0].sum()
-    descend(twin, loss / (reading.size(1) + task.size(1)))
+    logp = cat([dense(twin, traj)[0] for traj in trajs])
+    descend(twin, -logp.mean())
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-7
 
 
@@ -749,8 +753,9 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
 --start /none: does not exist; --layout flat: invalid choice; --kinds riddle: invalid choice
 --agents nobody: invalid choice; --eval-objectives 500: eval-objectives; --env mars: env
---ppo-minibatches 129: ppo-minibatches; --nproc 999: nproc; --out /proc/run: /proc/run
---kinds list count --hops 1 1 --objectives 1 80: 1 to 79; --out {}: holds a run already
+--ppo-minibatches 129: ppo-minibatches; --nproc 999: nproc; --env shop: --demos faithful
+--out /proc/run: /proc/run; --kinds list count --hops 1 1 --objectives 1 80: 1 to 79
+--out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
@@ -838,7 +843,7 @@ text after <end> is accepted | mem1.parse | ids[-1:] != [END] | not ids | the_pa
 ties between notes go to the earlier | mem1.keep_similar | ), t | ), -t | notes
 entropy is minus logp | mem1.predict | -(logps.exp() * logps).sum(-1) | -logp | rows_equal
 one turn beyond the budget | envs.Env.step | left > 0 | left >= 0 | the_environment
-imitation lowers the likelihood | train.imitate | (-logp + | (logp + | imitation
+imitation lowers the likelihood | ppo.nll | -logp | logp | imitation
 reward not divided by objectives | mem1.Trajectory.reward | / self.env.n_objectives | | one_whole
 reward of another episode | ppo.update | in trajs for r | in trajs[::-1] for r | one_whole
 reward at the first turn | ppo.turn_rewards | return
@@ -854,7 +859,7 @@ old values are zero | ppo.update | "value"), **like) | "value"), **like) * 0 | o
 gamma and lambda exchanged | ppo.update | cfg.gamma, cfg.lam | cfg.lam, cfg.gamma | one_whole
 the learner is the reference | ppo.update | predict(reference, | predict(raw, | one_whole
 no KL in the reward | ppo.update | ref_logp, cfg.kl_coef | ref_logp, 0.0 | one_whole
-primer term with the wrong sign | ppo.update | -cfg.primer_coef | cfg.primer_coef | one_whole
+primer term with the wrong sign | ppo.update | cfg.primer_coef * | -cfg.primer_coef * | one_whole
 other layouts keep the sampler's values | ppo.update
     | old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     | old_logp[rows.index] = predict(raw, rows)[0] | one_whole

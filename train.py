@@ -51,7 +51,7 @@ import envs
 import ppo
 from envs import Stream, keyed_rng
 from mem1 import (ENC, KEEPS_STATES, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last,
-                  make_rows, predict, rollout)
+                  make_rows, rollout)
 from model import GPT, GPTConfig
 
 
@@ -195,24 +195,15 @@ def imitate(learner, optimizer, trajs, cfg):
     """One step of maximum likelihood on exercises and demonstrations. Returns what to log."""
     batch = make_rows(trajs, cfg.micro_batch)
     n = ppo.token_count(batch, cfg.device)
-    # The critic learns from the demonstrator's returns, so that PPO starts with one (value
-    # pretraining, arXiv 2503.01491). Exercises earn nothing; they have weight 0, since DDP waits
-    # for every gradient.
-    earned = [traj.reward if traj.env else 0.0 for traj in trajs]
-    weight = [cfg.value_coef if traj.env else 0.0 for traj in trajs]
-    lengths = [traj.n_trained for traj in trajs]
-    ret = torch.tensor(np.repeat(np.float32(earned), lengths), device=cfg.device)  # (M,)
-    weight = torch.tensor(np.repeat(np.float32(weight), lengths), device=cfg.device)  # (M,)
-    nll = torch.zeros((), device=cfg.device)
+    total = torch.zeros((), device=cfg.device)
 
     def loss(rows):
-        logp, value, _ = predict(learner, rows)  # each (m,)
-        nll.sub_(logp.detach().sum())
-        value_term = weight[rows.index] * 0.5 * (value - ret[rows.index]) ** 2  # (m,)
-        return (-logp + value_term).sum() / n
+        nll = ppo.nll(learner, rows)
+        total.add_(nll.detach())
+        return nll / n
 
     norm = ppo.optimizer_step(learner, optimizer, [(loss, rows) for rows in batch], cfg.grad_clip)
-    return dict(loss=(ppo.all_sum(nll) / n).item(), norm=norm, tokens=int(n))
+    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,15 +277,11 @@ def share(n):
 # ----------------------------------------------------------------------------------------------
 # Evaluation: what a run prints, and eval.py repeats
 
-BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
 
-
-def play(model, policy, cfg, n_objectives, episodes, split, mine=None):
-    """Greedy episodes of one horizon; their trajectories, one by one."""
-    mine = range(episodes) if mine is None else mine
-    for i in range(0, len(mine), BATCH):
-        keys = [[0, split, n_objectives, j, 0] for j in mine[i : i + BATCH]]
-        yield from rollout(model, [envs.make_env(cfg, n_objectives, key) for key in keys], policy)
+def play(model, policy, cfg, n_objectives, which, split):
+    """The trajectories of some greedy episodes of one horizon. which: their numbers."""
+    keys = [[0, split, n_objectives, i, 0] for i in which]
+    return rollout(model, [envs.make_env(cfg, n_objectives, key) for key in keys], policy)
 
 
 def measures(traj, policy):
@@ -310,7 +297,7 @@ def measures(traj, policy):
 
 def measure(model, policy, cfg, n_objectives, episodes, split):
     """Means of measures() over the episodes, shared among the processes."""
-    trajs = play(model, policy, cfg, n_objectives, episodes, split, share(episodes))
+    trajs = play(model, policy, cfg, n_objectives, share(episodes), split)
     rows = [measures(traj, policy) for traj in trajs]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
@@ -759,6 +746,8 @@ def check(cfg):
         envs.extra_words(cfg)  # reads a file of facts
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--env {cfg.env}: no such world in experiments/ ({error})")
+    assert cfg.env in ("qa", "web") or (cfg.demos, cfg.clutter) == ("faithful", 0), (
+        f"--env {cfg.env}: add --demos faithful --clutter 0, which suit this world")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
 

@@ -30,7 +30,7 @@ class Metronome:
         self.left = turns
         self.done = False
         self.prompt = " jelo" * (prompt - 1)
-        self.paths, self.before = {}, ""
+        self.paths, self.before, self.notes = {}, "", ""
         self.width = 0  # no task: just the cap
         self.n_objectives = written - 16 - envs.MOST_CLUTTER
         assert turn_cap(self) == written, "nothing but the cap may end a turn"

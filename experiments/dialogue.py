@@ -1,6 +1,6 @@
 """dialogue.py: the user changes their mind: adds, corrects and withdraws questions on the way.
 
-    python train.py --env dialogue --agents mem1 full --eval-objectives 2 4 8 16
+    python train.py --env dialogue --demos faithful --clutter 0 --objectives 1 4 --out runs/dialogue
 
 So what is still to be asked cannot be looked up in the prompt: the state has to hold the past (the
 answers) and the future (what the user has said and what has not been dealt with).

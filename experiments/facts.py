@@ -1,6 +1,6 @@
 """facts.py: questions about the facts of a file, instead of a world invented for each episode.
 
-    python train.py --facts assets/countries.tsv --agents mem1 --out runs/countries
+    python train.py --facts assets/countries.tsv --demos faithful --clutter 0 --out runs/countries
     python experiments/facts.py runs/countries "Peru capital river; Japan currency"
 
 A line of the file is a fact, `subject TAB relation TAB object`, or in a .jsonl file an object with

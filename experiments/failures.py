@@ -101,7 +101,8 @@ def main(argv=None):
             assert name in chosen, f"--policies {name}: the run has {', '.join(chosen)}"
             model, policy = chosen[name]
             model = load_model(models[model])
-            trajs = play(model, policy, cfg, args.objectives, args.episodes, Stream.TEST)
+            which = range(args.episodes)
+            trajs = play(model, policy, cfg, args.objectives, which, Stream.TEST)
             print(f"--- {name}, {args.objectives} objectives, {args.episodes} episodes")
             for cause, row in failures(trajs, policy).items():
                 print(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at "

@@ -1,6 +1,6 @@
 """shop.py: WebShop (arXiv 2207.01206) in miniature: find the product that fits best, and buy it.
 
-    python train.py --env shop --objectives 1 6 --agents mem1 full --eval-objectives 1 2 4 8 16
+    python train.py --env shop --demos faithful --clutter 0 --objectives 1 6 --out runs/shop
 
 Here N is not a number of questions: it is the number of products of the wanted type. There are half
 as many others. So the agent has to remember one product, the best so far, not all that it has seen.
