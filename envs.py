@@ -515,22 +515,22 @@ def clutter(rng, env):
     first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
     stops = rng.random()  # share of the questions that end with a `.`
 
-    def some():
+    def how_many():
         return int(rng.integers(MOST_CLUTTER + 1))
 
     def others(indices):
-        text = []
+        some = []
         for index in indices:
             chosen = rng.permutation(len(RELATIONS))[: rng.integers(1, 3)]
             name = NAMES[rng.integers(len(NAMES))]
-            text += [index, *asked(name, [RELATIONS[r] for r in chosen])]
-            text += [STOP] if rng.random() < stops else []
-        return "".join(f" {word}" for word in text)
+            some += [index, *asked(name, [RELATIONS[r] for r in chosen])]
+            some += [STOP] if rng.random() < stops else []
+        return "".join(f" {word}" for word in some)
 
-    env.before = others(INDICES[max(0, first - some()) : first])
-    env.prompt += others(INDICES[last + 1 :][: some()])
+    env.before = others(INDICES[max(0, first - how_many()) : first])
+    env.prompt += others(INDICES[last + 1 :][: how_many()])
     if rng.random() < 0.5:
-        old = INDICES[max(0, first - some()) : first]
+        old = INDICES[max(0, first - how_many()) : first]
         env.notes = " ".join(["", LIST, *(f"{i} {NAMES[rng.integers(len(NAMES))]}" for i in old)])
 
 

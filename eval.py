@@ -32,7 +32,7 @@ import torch
 
 import envs
 from envs import Stream
-from mem1 import ENC, POLICIES, expert, remembered
+from mem1 import ENC, POLICIES, expert, recall, remembered
 from train import load_model, load_run, measure, methods, play, table, trend
 
 # ----------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def show(traj, policy, color=False):
     paint("1", f"task   {ENC.decode(traj.prompt)}")
     before = []
     for t, turn in enumerate(traj.turns):
-        kept = policy(traj.turns[:t]) if t else []
+        kept = recall(traj.env, policy, traj.turns[:t])
         pruned = []
         for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, False).get_opcodes():
             if op != "equal":

@@ -49,8 +49,8 @@ import train
 from envs import Stream
 from experiments.bench_work import (TURNS, WRITTEN, Endless, Lines, act_out, by_turns, compare,
                                     copy_bandwidth, gemm_peak, least_seconds, metronomes, recite)
-from mem1 import (ENC, Branch, demonstrate, keep_all, keep_last, make_rows, predict, rollout,
-                  sample)
+from mem1 import (ENC, Branch, demonstrate, keep_all, keep_last, make_rows, predict, recall,
+                  rollout, sample)
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def a_row_a_turn(traj):
     """
     branches = []
     for t, turn in enumerate(traj.turns):
-        kept = keep_last(traj.turns[:t]) if t else []
+        kept = recall(traj.env, keep_last, traj.turns[:t])
         branch = Branch()
         branch.extend(kept + turn.state[:1], loss_mask=False)  # its <IS> is given
         branch.extend(turn.written, loss_mask=True)
