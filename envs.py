@@ -69,14 +69,14 @@ INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be te
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
 LIST = ";"  # begins the list of answers that an agent keeps
 STOP = "."  # ends the questions of a task
-SKILLS = "copy edit append recall fact section".split()  # of the reading exercises, see primer()
+SKILLS = "copy edit append recall fact note section".split()  # of the exercises, see primer()
 WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP]
 WORDS += ["left", "answer", "now", "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
 MOST_CLUTTER = 20  # random notes, and questions before and after a task, in training
-NOTED = 0.6  # share of the questions of which the aimless demonstrator notes something
+NOTED = 0.6  # share of the questions on which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -650,13 +650,16 @@ def primer(rng, longest, more=(), kinds=()):
     elif skill == "section":  # what stands under some headings
         text = [keys[0], *sections]
         lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
-    elif skill == "fact":  # what follows two given words, where each of them occurs elsewhere too
+    elif skill in ("fact", "note"):  # what facts say: with two words that also occur elsewhere ...
         subjects = some_of(names, max(2, n // 3))
         relations = some_of(RELATIONS, 3)
         facts = [(f"{s} {r}", one_of(names)) for s in subjects for r in relations]
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         lookups = [facts[i] for i in rng.permutation(len(facts))[:8]]
+        if skill == "note":  # ... or any of three facts, each time another
+            text = text[:3]
+            lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]
     else:  # of one answer after the other: does it count, and what is the count now
         text = count_head(min(n, 8), NAMES, rng)
         count = count_start(text)

@@ -383,16 +383,15 @@ some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#
              "milu|pupil|heir|count|jelo pupil jero|#64 : jelo pupil #65|<query>(( x").split("|")
 
 
-@given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans(), booleans(),
+@given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans(),
        sampled_from(["", " count #17 jelo"]))
-@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, False, "")
-def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, aimless, fresh, head):
+@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "")
+def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh, head):
     prompt = head + " #64 : jelo pupil #65 :: milu pupil neighbour ."
-    turn = state, kind, said = envs.demonstrator(prompt, " ".join(seen), fresh)
-    if aimless:
-        state, kind, said = envs.aimless(default_rng(0), " ".join(seen), *turn)
-    form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
-    assert "<" not in state + said and re.fullmatch(form, said)
+    turn = envs.demonstrator(prompt, " ".join(seen), fresh)
+    for state, kind, said in turn, envs.aimless(default_rng(0), " ".join(seen), *turn):
+        form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
+        assert "<" not in state + said and re.fullmatch(form, said)
 
 
 @given(lists(names, min_size=1), lists(tuples(integers(0, 6), lists(names, max_size=2))))
@@ -419,6 +418,8 @@ def test_the_exercises_count_and_look_up_as_a_slow_reader_does():
                 counted.append(said.split()[1] == name)
                 total += counted[-1]
                 assert kept == f"{' count' if counted[-1] else ''} ; #{total}"
+        if skill == " note":  # any fact will do
+            pairs = [("", f"{kept},") for _, kept in pairs]
         assert skill == " count" or all(said + kept in asked for said, kept in pairs)
     assert 0.3 < np.mean(counted) < 0.7
 

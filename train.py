@@ -50,8 +50,8 @@ from tqdm import tqdm
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import (ENC, KEEPS_STATES, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last,
-                  make_rows, rollout)
+from mem1 import (ENC, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
+                  rollout)
 from model import GPT, GPTConfig
 
 
@@ -90,7 +90,7 @@ class Config:
     demos_steps: int = 1300
     demos_batch: int = 32  # episodes a step
     demos_lr: float = 2e-3
-    demos: str = "aimless"  # notes to imitate; agents that keep older states imitate faithful ones
+    demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
     ppo_steps: int = 60
     ppo_batch: int = 128  # episodes a step
@@ -226,8 +226,8 @@ def training_env(cfg, stream, step, i, n_objectives=None):
 def demonstration(cfg, agent, step, i, longest, most_turns):
     """One episode of the demonstrator; its turn budget is too small in some, more than enough in
     others, so that it is seen what to do when the turns run out, and every number of turns that an
-    agent may be told on a long horizon. An agent that keeps its older states has nothing to
-    remember, so it gets the better teacher, whose notes are faithful:
+    agent may be told on a long horizon. The agents that mem1 is compared with get the better
+    teacher, whose notes are faithful:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
@@ -250,7 +250,7 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
         env.max_turns = int(rng.integers(2, enough))
     elif which < 0.6:
         env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
-    aimless = cfg.demos == "aimless" and POLICIES[agent] not in KEEPS_STATES
+    aimless = cfg.demos == "aimless" and agent == "mem1"
     traj = demonstrate(env, POLICIES[agent], rng if aimless else None)
     length = len(traj.prompt) + max(len(branch.ids) for branch in traj.branches)
     L = rng.integers(length, max(longest, length) + 1)
