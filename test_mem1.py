@@ -861,11 +861,7 @@ gamma and lambda exchanged | ppo.update | cfg.gamma, cfg.lam | cfg.lam, cfg.gamm
 the learner is the reference | ppo.update | predict(reference, | predict(raw, | one_whole
 no KL in the reward | ppo.update | ref_logp, cfg.kl_coef | ref_logp, 0.0 | one_whole
 primer term with the wrong sign | ppo.update | cfg.primer_coef * | -cfg.primer_coef * | one_whole
-other layouts keep the sampler's values | ppo.update
-    | old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
-    | old_logp[rows.index] = predict(raw, rows)[0] | one_whole
 value loss takes the smaller error | ppo.value_loss | torch.max( | torch.min( | one_whole
-value loss is not halved | ppo.value_loss | 0.5 * | | one_whole
 explained variance without the mean | ppo.explained_variance | x - mean[:, None] | x | one_whole
 clip share counts one side | ppo.clipped | .abs() | | one_whole'''))
 
