@@ -650,14 +650,14 @@ def primer(rng, longest, more=(), kinds=()):
     elif skill == "section":  # what stands under some headings
         text = [keys[0], *sections]
         lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
-    elif skill in ("fact", "note"):  # what facts say: with two words that also occur elsewhere ...
+    elif skill in ("fact", "note"):  # what the fact says that begins with two given words ...
         subjects = some_of(names, max(2, n // 3))
         relations = some_of(RELATIONS, 3)
         facts = [(f"{s} {r}", one_of(names)) for s in subjects for r in relations]
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         lookups = [facts[i] for i in rng.permutation(len(facts))[:8]]
-        if skill == "note":  # ... or any of three facts, each time another
+        if skill == "note":  # ... or what any of three facts says, as in aimless()
             text = text[:3]
             lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]
     else:  # of one answer after the other: does it count, and what is the count now
