@@ -604,7 +604,8 @@ def primer(rng, longest, more=(), kinds=()):
     """One exercise in reading, on random words: (text, [(words, is it to be learned), ...]).
 
     What a pretrained language model can do and random weights can not: copy a list, edit it while
-    copying, look things up. Lists have 2 to `longest` items; `more` are words besides NAMES.
+    copying, look things up, take any of several. Lists have 2 to `longest` items; `more` are words
+    besides NAMES.
 
     >>> primer(np.random.default_rng(54), 3)  # doctest: +NORMALIZE_WHITESPACE
     (' #17 :: gezo deputy rival #24 : ropu deputy . ; #17 bize #24 .',
@@ -657,7 +658,7 @@ def primer(rng, longest, more=(), kinds=()):
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         lookups = [facts[i] for i in rng.permutation(len(facts))[:8]]
-        if skill == "note":  # ... or what any of three facts says, as in aimless()
+        if skill == "note":  # ... or what any of three facts says
             text = text[:3]
             lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]
     else:  # of one answer after the other: does it count, and what is the count now
