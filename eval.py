@@ -14,8 +14,7 @@ Greedy decoding. Test episodes come from keys that no training and no validation
     turns       exchanges with the environment
     valid       share of turns that are well-formed
     right       share of turns that are, word for word, what the demonstrator would write, given
-    what
-                the agent saw
+                what the agent saw
     time        seconds an episode, many played side by side
     kv_bytes    key-value memory allocated for an episode, prompt included
     tokens      encoded in an episode, read and written, prompt included
@@ -98,7 +97,8 @@ def memory(trajs, policy):
 
 def collect(paths):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "curves", "meta"}. A larger model is told by its size: `full-2x`.
+    "curves", "meta"}. A larger model is told by its size: `full-2x`; one that has imitated faithful
+    notes where aimless ones are the default by its name: `mem1-faithful`.
 
     What the state of mem1 holds, and why it fails, at 16 objectives is measured here, and its table
     at 64, the farthest horizon, if the run has indices for it.
@@ -113,22 +113,23 @@ def collect(paths):
         if not (path / "results.json").is_file():
             raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
         times = round(size / min(sizes))
-        larger = f"-{times}x" if times > 1 else ""
+        variant = f"-{times}x" if times > 1 else ""
+        variant += "-faithful" if cfg.demos == "faithful" else ""
         results = json.loads((path / "results.json").read_text())
         one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
         seed = str(cfg.seed)
         mine = one["seeds"].setdefault(seed, {})
         for method, cells in results.items():
-            if method + larger in mine:
-                raise ValueError(f"{path}: a second run of seed {seed} with {method}{larger}")
-            mine[method + larger] = cells
+            if method + variant in mine:
+                raise ValueError(f"{path}: a second run of seed {seed} with {method}{variant}")
+            mine[method + variant] = cells
         curves = one["curves"].setdefault(seed, {})
         for line in (path / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["stage"] == "ppo":
                 point = round(row["reward"], 4), round(row["memory"], 4)
-                curves.setdefault(row["agent"] + larger, []).append(point)
-        if "mem1" in results and not larger:
+                curves.setdefault(row["agent"] + variant, []).append(point)
+        if "mem1" in results and not variant:
             one["memory"][seed] = {}
             for method in "mem1", "mem1-demos":
                 look_closer(one, cfg, models[method], seed, method)

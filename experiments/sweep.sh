@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Train all that the README compares, three seeds of each, two runs at a time. Interrupt it as you
+# like: started again, it says how many runs are left, and goes on where it stopped.
+#
+#     bash experiments/sweep.sh runs
+#     python eval.py --table runs/*-seed-? --plot assets/scaling.png
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs}
+export out OMP_NUM_THREADS=1
+mkdir -p "$out"
+
+runs() {
+    while read -r name flags; do
+        for seed in 0 1 2; do
+            echo "$name-seed-$seed --seed $seed $flags"
+        done
+    done <<END
+mem1      --agents mem1
+full      --agents full
+full-2x   --agents full --n-embd 136
+faithful  --agents mem1 --demos faithful
+amnesic   --agents amnesic
+END
+}
+
+left() {
+    runs | while read -r name flags; do
+        [ -f "$out/$name/results.json" ] || echo "$name $flags"
+    done
+}
+
+train() {  # NAME FLAG...
+    if [ -f "$out/$1/checkpoint.pt" ]; then
+        python train.py --out "$out/$1" --resume
+    else
+        python train.py --out "$out/$1" --nproc 1 "${@:2}"
+    fi >> "$out/$1.log" 2>&1
+}
+export -f train
+
+echo "$(left | wc -l) of $(runs | wc -l) runs left; what they say is in $out/*.log"
+left | xargs -P 2 -L 1 bash -c 'train "$@"' sweep
