@@ -392,7 +392,7 @@ def score(text, golds):
 
 
 def answers_shown(paths, query, info):
-    """The answers {(index, answer), ...} that an <info> shows to whoever asked `query`."""
+    """The answers {(index, answer), ...} that an <info> shows to the asker of `query`."""
     query = query.strip().removeprefix("page ")
     return {(index, path[-1].split()[-1]) for index, path in paths.items()
             if query and path[-1].startswith(query) and path[-1] in info}
@@ -497,12 +497,12 @@ def aimless(rng, seen, state, kind, text):
 
 
 def clutter(rng, env):
-    """Put a task into the midst of other questions, up to 20 on each side, not asked for, and begin
+    """Surround a task with other questions, up to 20 on each side, that are not asked, and begin
     half of the episodes with a state in which questions before the task have been answered.
 
-    `<task>` marks where it begins, and it ends at the first `.` after that; others are strewn among
-    what is not asked for. So neither the length of a prompt nor where its lists end tells how much
-    is to be done, and it is not to be learned by heart that there are never more than two.
+    `<task>` marks where the task begins, and it ends at the first `.` after that; there are more
+    of these among the other questions. So neither the length of a prompt nor where its lists end
+    tells how much is to be done, and "there are never more than two" can not be learned by heart.
 
     >>> env = ComposedQA(1, seed=3)
     >>> clutter(np.random.default_rng(688), env)

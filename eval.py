@@ -15,7 +15,7 @@ Greedy decoding. Test episodes come from keys that no training and no validation
     valid       share of turns that are well-formed
     right       share of turns that are, word for word, what the demonstrator would write, given
                 what the agent saw
-    time        seconds an episode, many played side by side
+    time        seconds per episode, many played side by side
     kv_bytes    key-value memory allocated for an episode, prompt included
     tokens      encoded in an episode, read and written, prompt included
 """
@@ -245,7 +245,7 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="?", help="directory of a run, such as runs/cpu")
     parser.add_argument("--policies", nargs="+", help="such as mem1 full-demos; default: all")
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
-    parser.add_argument("--episodes", type=int, help="episodes a cell; default: the run's")
+    parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
     parser.add_argument("--kinds", nargs="+", choices=["list", "chain", "count"])
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")

@@ -125,7 +125,7 @@ class Turn:
 
 @dataclass
 class Branch:
-    """What follows the prompt in one row of the learner. Parallel lists, one entry a token."""
+    """What follows the prompt in one row of the learner. Parallel lists, one entry per token."""
     ids: list = field(default_factory=list)
     loss_mask: list = field(default_factory=list)  # True where the agent chose the token, here
     logp: list = field(default_factory=list)  # as sampled; 0 where not trained
@@ -148,7 +148,7 @@ class Trajectory:
     turns: list = field(default_factory=list)
     positions: object = None  # increasing, in demonstrations (train.py); None: 0, 1, 2...
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
-    spans: list = field(default_factory=list)  # (seen, wrote) a turn: tokens, prompt not counted
+    spans: list = field(default_factory=list)  # (seen, wrote) per turn: tokens, prompt not counted
     valid: int = 0  # well-formed turns
     seconds: float = 0.0  # wall time of its rollout, shared with the episodes beside it
     kv_bytes: int = 0  # key-value memory allocated for it
@@ -200,10 +200,11 @@ class Trajectory:
 
 
 def remembered(traj):
-    """What an agent makes of its answers: [(turn, found, held), ...], an entry a query.
+    """What an agent makes of its answers: [(turn, found, held), ...], one entry per query.
 
     found  answers {(index, answer), ...} that it has asked for and been shown before this turn
-    held   those of them that stand in its state (one who keeps older states need not repeat them)
+    held   those of them that stand in its state (an agent that keeps older states need not repeat
+           them)
     """
     found, rows = set(), []
     for t, turn in enumerate(traj.turns):
@@ -269,7 +270,7 @@ def attention_mask(traj):
 
 
 def picture(traj):
-    """attention_mask() as text, a row a token."""
+    """attention_mask() as text, one row per token."""
     ids, _, loss_mask = tree(traj)
     names = ["TSQAIE"[TAG_IDS.index(token)] if token in TAG_IDS else "-" for token in ids]
     lines = ["  " + " ".join(names)]
@@ -419,7 +420,7 @@ BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps e
 def rollout(model, environments, policy, rngs=None):
     """Play all `environments`, each to its end. Returns their trajectories, in order.
 
-    rngs: a numpy Generator an episode, so that an episode is the same whatever runs beside it.
+    rngs: one numpy Generator per episode, so that an episode is the same whatever runs beside it.
     None: greedy, always the likeliest token.
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
@@ -471,7 +472,7 @@ def play_out(model, trajs, policy, rngs):
 
 
 def feed(model, cache, contexts):
-    """Append ragged lists of ids, one a row of the cache -> the hidden state after each (B, C)."""
+    """Append a list of ids to each row of the cache; returns the hidden state after each (B, C)."""
     device = model.emb.weight.device
     T = max(map(len, contexts))
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
@@ -520,9 +521,9 @@ def write(model, cache, hidden, caps, uniform):
 def sample(logits, uniform=None):
     """One token a row, by inverse transform: logits (B, V) -> ids, logp (B,).
 
-    uniform (B,) in (0, 1]: a number a token makes an episode's choices its own, whatever stands in
-    the rows beside it. Temperature 1 and no filter: what is sampled from is what is trained. None:
-    the likeliest.
+    uniform (B,) in (0, 1]: one number per token, drawn by the episode's own generator, so that what
+    it samples does not depend on the rows beside it. Temperature 1 and no filter: what is sampled
+    from is what is trained. None: greedy.
     """
     logps = logits.log_softmax(-1)  # (B, V)
     if uniform is None:
@@ -678,7 +679,7 @@ def stitched(traj, released=False):
             turn += [t] * len(ids)
             part += [name] * len(ids)
     turn, part = np.array(turn), np.array(part)
-    ago = turn[:, None] - turn  # turns between the one who reads and what is read
+    ago = turn[:, None] - turn  # turns between the reader and what it reads
     see = np.tri(len(turn), dtype=bool) & ((part == "prompt") | (ago <= 1))
     if released:
         see &= (ago == 0) | (part != "state")

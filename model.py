@@ -4,7 +4,7 @@
 
 One forward pass serves both sides of reinforcement learning, so that they cannot disagree:
     the learner   model(ids, pos)          whole rows, right-padded, causal attention
-    the sampler   model(ids, pos, cache)   a few new tokens a row, after those in the cache
+    the sampler   model(ids, pos, cache)   a few new tokens per row, after those in the cache
 
 Differs from GPT-2, each because half a million weights have to learn to look things up in minutes:
 1) a causal convolution of width 4 before q, k, v (a "Canon layer", arXiv 2512.17351): a token sees
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) of tokens `ids` (B, T) at positions `pos` (B, T).
 
         cache  what each row looks back on, and where the new tokens go; see Cache.reserve()
-        mask   without a cache: who may attend to whom (B, 1, T, T), bool; None is causal
+        mask   without a cache: what may attend to what (B, 1, T, T), bool; None is causal
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16_products):
             x = self.ln_in(self.emb(ids))  # (B, T, C)

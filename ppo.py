@@ -2,7 +2,7 @@
 
 Begin with update(): one iteration, from the rollout to the optimizer steps. The mask is visible in
 two places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
-returns those alone. And everything about them is held flat, an episode after the other, in the
+returns those alone. And everything about them is held flat, one episode after another, in the
 order in which they were sampled: after a sampled token comes the next sampled one, even if that is
 a turn later, so that credit flows through the whole episode, over all that was read in between
 (MEM1 sec. 3.3, app. A.5).
@@ -109,7 +109,7 @@ def nll(model, rows):
 def optimizer_step(model, optimizer, work, grad_clip):
     """One step on the sum of the losses of all processes. Returns the norm of the gradient.
 
-    work: [(function, rows, ...), ...], a micro-batch each; function(rows, ...) is its loss. DDP
+    work: [(function, rows, ...), ...], one per micro-batch; function(rows, ...) is its loss. DDP
     takes the mean over processes, hence the factor world_size, and gradients meet in the last
     backward pass only. One that is not finite is so in all processes, and raises
     FloatingPointError before anything is changed.
@@ -198,7 +198,7 @@ def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
 
     The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the
     reward its gradient is that of the KL (Schulman 2020, joschu.net/blog/kl-approx.html). reward
-    (J,) has an entry a turn, turn_ends (M,) is True at the last token of each, in the same order.
+    (J,) has one entry per turn; turn_ends (M,) is True at the last token of each turn.
 
     >>> ends, half = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
     >>> token_rewards(torch.tensor([1.0]), ends, half, torch.tensor([-1.0, -0.5]), kl_coef=0.1)

@@ -1,4 +1,4 @@
-"""test_mem1.py: what must be true, one property a test.
+"""test_mem1.py: what must be true, one property per test.
 
     python -m pytest -q test_mem1.py
     PROFILE=thorough python -m pytest -q test_mem1.py     # more examples, a kill at every write

@@ -65,7 +65,7 @@ class Config:
     start: str = ""  # a run whose imitated agents to take: then there is PPO only
     seed: int = 0  # of everything
     device: str = "auto"  # auto: cuda where there is one
-    nproc: int = 0  # processes; 0: one a GPU, or one a CPU core (at most 4)
+    nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
@@ -83,23 +83,23 @@ class Config:
     n_embd: int = 96
     # primer
     primer_steps: int = 800
-    primer_batch: int = 64  # exercises a step
+    primer_batch: int = 64  # exercises per step
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
     # demos
     demos_steps: int = 1300
-    demos_batch: int = 32  # episodes a step
+    demos_batch: int = 32  # episodes per step
     demos_lr: float = 2e-3
     demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
     ppo_steps: int = 60
-    ppo_batch: int = 128  # episodes a step
+    ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
     ppo_lr: float = 4e-4
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
     clip: float = 0.2  # of the ratio, and of the value's move
-    kl_coef: float = 0.005  # price of leaving the imitated policy, nats a token
+    kl_coef: float = 0.005  # price of leaving the imitated policy, nats per token
     value_coef: float = 0.1  # weight of the value loss: actor and critic share the network
     gamma: float = 1.0
     lam: float = 1.0
@@ -108,7 +108,7 @@ class Config:
     exercises: int = 16  # reading exercises beside each demos batch and minibatch, or skills erode
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    micro_batch: int = 1024  # tokens (not rows) a forward pass: what fits a CPU core's cache
+    micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
     eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
@@ -155,7 +155,7 @@ def train_primer(run):
 
 
 def train_demos(run, agent):
-    """Imitation of the demonstrator, who sees what this agent's context policy keeps."""
+    """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
     longest, most_turns = farthest_needs(cfg, agent)
     for step in stage.steps_left:
@@ -732,7 +732,7 @@ def check(cfg):
             lowest = 0 if f.name in MAY_BE_ZERO else 1e-12
             assert lowest <= value < 1e9, f"{flag} {value}: expected more, or less than a billion"
         if f.name.endswith(("_batch", "_episodes")):
-            assert value >= cfg.nproc, f"{flag} {value}: expected at least one a process"
+            assert value >= cfg.nproc, f"{flag} {value}: expected at least one per process"
     for name in "objectives", "hops":
         value = getattr(cfg, name)
         assert len(value) == 2 and 1 <= value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2"

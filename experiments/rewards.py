@@ -39,7 +39,7 @@ from mem1 import ENC, POLICIES, Branch, keep_all, make_rows, parse, predict, rol
 
 JUDGE = 5  # the judge's random stream; envs.Stream has 0 to 4
 JUDGE_STEPS, JUDGE_LR = 60, 3e-4
-JUDGE_BATCH = 64  # episodes a step, two of each task
+JUDGE_BATCH = 64  # episodes per step, two of each task
 REWARDS = "em", "f1", "partial", "all", "format", "step"
 
 
