@@ -114,6 +114,7 @@ class Env:
     width   tokens of a name at most
     before  text that stands before the task
     notes   a state from before the first turn, "" for none
+    open_ended  the task has no end but that of the turns
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -125,6 +126,7 @@ class Env:
         self.width = 1
         self.before = ""
         self.notes = ""
+        self.open_ended = False
         self.paths = {}
         self.turn = 0
         self.done = False
@@ -497,28 +499,30 @@ def aimless(rng, seen, state, kind, text):
 
 
 def clutter(rng, env):
-    """Surround a task with other questions, up to 20 on each side, that are not asked, and begin
-    half of the episodes with a state in which questions before the task have been answered.
+    """Make a task a window into a longer list: other questions stand before and after it, up to 20
+    on each side, that are not to be answered.
 
-    `<task>` marks where the task begins, and it ends at the first `.` after that; there are more
-    of these among the other questions. So neither the length of a prompt nor where its lists end
-    tells how much is to be done, and "there are never more than two" can not be learned by heart.
+    In half of the episodes `<task>` marks where the window begins. In the others it stands before
+    all questions, and the episode begins with a state: it has an answer, a random name, for each of
+    up to 20 questions before the window, whose first question is open. The window ends with a `.`,
+    or, in about half of the episodes, when there are turns for no more. So nothing gives away that
+    there are never more than two questions to answer: neither the length of a prompt or of a list,
+    nor where they begin or end.
 
     >>> env = ComposedQA(1, seed=3)
-    >>> clutter(np.random.default_rng(688), env)
+    >>> clutter(np.random.default_rng(3657), env)
     >>> f"{env.before}<task>{env.prompt}"
-    ' #63 : divi mentor<task> #64 : jelo pupil . #65 : zeza mentor'
-    >>> env.notes
-    ' ; #62 subo #63 soja'
+    '<task> #63 : zapo deputy #64 : jelo pupil #65 : tobe mentor'
+    >>> env.notes, env.max_turns  # enough to search once and to answer
+    (' ; #63 fapu #64 : jelo pupil #65', 2)
     """
     asked_for = re.findall(r"#\d+", env.prompt)
     first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
-    stops = rng.random()  # share of the questions that end with a `.`
 
     def how_many():
         return int(rng.integers(MOST_CLUTTER + 1))
 
-    def others(indices):
+    def others(indices, stops):  # stops: share of the questions that end with a `.`
         some = []
         for index in indices:
             chosen = rng.permutation(len(RELATIONS))[: rng.integers(1, 3)]
@@ -527,11 +531,22 @@ def clutter(rng, env):
             some += [STOP] if rng.random() < stops else []
         return "".join(f" {word}" for word in some)
 
-    env.before = others(INDICES[max(0, first - how_many()) : first])
-    env.prompt += others(INDICES[last + 1 :][: how_many()])
-    if rng.random() < 0.5:
+    before = INDICES[max(0, first - how_many()) : first]
+    after = INDICES[last + 1 :][: how_many()]
+    stops = rng.random()
+    if after and rng.random() < 0.5:
+        env.open_ended = True
+        env.prompt = env.prompt.removesuffix(f" {STOP}")
+        env.max_turns = min(env.max_turns, sum(map(len, env.paths.values())) + 1)
+    env.prompt += others(after, stops)
+    question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)  # None after a head
+    if not question or rng.random() < 0.5:
+        env.before = others(before, stops)
+    else:
         old = INDICES[max(0, first - how_many()) : first]
-        env.notes = " ".join(["", LIST, *(f"{i} {NAMES[rng.integers(len(NAMES))]}" for i in old)])
+        answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
+        env.notes = f" {LIST} {answers}".rstrip() + question[0]
+        env.prompt = others(before, 0.0) + env.prompt
 
 
 def read_prompt(prompt):

@@ -241,14 +241,14 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     >>> trajs = [demonstration(Config(), "mem1", 0, i, 99, 20) for i in range(100)]
     >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
     >>> len([s for s in spare if s < 0]), len([s for s in spare if s > 0])
-    (30, 27)
+    (60, 16)
     """
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
     env = training_env(cfg, Stream.DEMOS, step, i)
     enough, which = env.max_turns, rng.random()
     if which < 0.3:
-        env.max_turns = int(rng.integers(2, enough))
-    elif which < 0.6:
+        env.max_turns = int(rng.integers(2, max(3, enough)))
+    elif which < 0.6 and not env.open_ended:
         env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
     aimless = cfg.demos == "aimless" and agent == "mem1"
     traj = demonstrate(env, POLICIES[agent], rng if aimless else None)
