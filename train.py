@@ -76,7 +76,7 @@ class Config:
     hops: tuple = (1, 2)  # fewest and most relations in a question
     kinds: tuple = ("list",)  # list: independent questions; chain; count (envs.ComposedQA)
     names: int = 200  # of the invented world; those beyond 200 are several tokens each
-    clutter: float = 0.8  # share of training tasks that stand among other questions (envs.clutter)
+    clutter: float = 0.8  # share of training tasks that are windows in longer lists (envs.clutter)
     # model
     n_layer: int = 4
     n_head: int = 4
@@ -211,8 +211,8 @@ def imitate(learner, optimizer, trajs, cfg):
 
 
 def training_env(cfg, stream, step, i, n_objectives=None):
-    """The environment of one episode; its number of objectives is drawn if not given. What is
-    trained on is cluttered, what is tested on is not."""
+    """The environment of one episode; its number of objectives is drawn if not given. Training
+    tasks are cluttered, test tasks are not."""
     if n_objectives is None:
         low, high = cfg.objectives
         n_objectives = int(keyed_rng(cfg.seed, stream, step, i, 1).integers(low, high + 1))
@@ -224,10 +224,10 @@ def training_env(cfg, stream, step, i, n_objectives=None):
 
 
 def demonstration(cfg, agent, step, i, longest, most_turns):
-    """One episode of the demonstrator; its turn budget is too small in some, more than enough in
-    others, so that it is seen what to do when the turns run out, and every number of turns that an
-    agent may be told on a long horizon. The agents that mem1 is compared with get the better
-    teacher, whose notes are faithful:
+    """One episode of the demonstrator. Its turn budget is too small in some, to show what to do
+    when the turns run out, and more than enough in others, so that an agent has met every number of
+    turns left that it may be told on a long horizon. The agents that mem1 is compared with get the
+    better teacher, whose notes are faithful:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
