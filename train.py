@@ -99,7 +99,7 @@ class Config:
     ppo_lr: float = 4e-4
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
     clip: float = 0.2  # of the ratio, and of the value's move
-    kl_coef: float = 0.02  # price of leaving the imitated policy, nats per token
+    kl_coef: float = 0.005  # price of leaving the imitated policy, nats per token
     value_coef: float = 0.1  # weight of the value loss: actor and critic share the network
     gamma: float = 1.0
     lam: float = 1.0
