@@ -91,6 +91,15 @@ def memory(trajs, policy):
     return rows
 
 
+def memory_table(rows):
+    """What memory() found, as markdown."""
+    cells = []
+    for t, r in rows.items():
+        cells.append([t, f"{r['going']:.0%}", f"{r['found']:.1f}", f"{r['held']:.0%}",
+                      f"{r['right']:.1%}", f"{r['state']:.1f}"])
+    return markdown(["turn", "going", "found", "held", "right", "state"], cells)
+
+
 # ----------------------------------------------------------------------------------------------
 # Several runs
 
@@ -162,23 +171,25 @@ def report(one):
         tables[name] = markdown([name, *horizons], rows)
     for seed, agents in one["memory"].items():
         for method, rows in agents.items():
-            cells = [[t, f"{r['found']:.1f}", f"{r['held']:.0%}"] for t, r in rows.items()]
-            title = f"memory of {method}, seed {seed}"
-            tables[title] = markdown(["turn", "answers found", "held in the state"], cells)
+            tables[f"memory of {method}, seed {seed}"] = memory_table(rows)
     return tables
 
 
-README_AGENTS = {"mem1-demos": "mem1, imitation only", "mem1": "mem1, after PPO",
-                 "full": "full context", "full-2x": "full context, twice the weights",
-                 "amnesic": "no memory"}
+README_AGENTS = {"mem1-demos": "mem1, aimless notes imitated", "mem1": "mem1, after PPO",
+                 "mem1-demos-faithful": "mem1, faithful notes imitated",
+                 "mem1-faithful": "mem1, faithful, after PPO", "full": "full context",
+                 "full-2x": "full context, twice the weights", "amnesic": "no memory"}
 
 
 def readme_table(one):
-    """EM and peak at 1, 4, 16 and 32 objectives of the agents that the README compares."""
-    horizons = 1, 4, 16, 32
+    """EM and peak at 2, 8, 16 and 32 objectives of the agents that the README compares."""
+    horizons = 2, 8, 16, 32
     head = ["", *(f"EM of {n}" for n in horizons), *(f"peak at {n}" for n in horizons)]
     rows = []
+    trained = {method for cells in one["seeds"].values() for method in cells}
     for method, text in README_AGENTS.items():
+        if method not in trained:
+            continue
         em = [cell(one, method, n, "em", ".2f") for n in horizons]
         peak = [cell(one, method, n, "peak", ".0f") for n in horizons]
         rows.append([text, *em, *peak])
@@ -330,7 +341,7 @@ def evaluate_run(args):
         trajs = play(load_model(models[model], cfg.device), policy, cfg, n, which, Stream.TEST)
         print(f"--- {name}, {n} objectives, {len(which)} episodes")
         if args.memory:
-            print_memory(memory(trajs, policy))
+            print(memory_table(memory(trajs, policy)))
         else:
             for traj in trajs:
                 show(traj, policy, sys.stdout.isatty())
@@ -338,14 +349,6 @@ def evaluate_run(args):
 
 def silent(line):
     """For table(): tell nobody."""
-
-
-def print_memory(rows):
-    """What memory() found."""
-    print(f"{'turn':>5s} {'going':>6s} {'found':>6s} {'held':>6s} {'right':>6s} {'state':>6s}")
-    for t, r in rows.items():
-        print(f"{t:>5s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} {r['right']:6.1%} "
-              f"{r['state']:6.1f}")
 
 
 if __name__ == "__main__":
