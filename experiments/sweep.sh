@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train all that the README compares, three seeds of each, two runs at a time. Interrupt it as you
-# like: started again, it says how many runs are left, and goes on where it stopped.
+# like: started again, it says how many runs are left, and goes on where it stopped. (No clutter for
+# amnesic: it can not see the state that a cluttered episode begins with.)
 #
 #     bash experiments/sweep.sh runs
 #     python eval.py --table runs/*-seed-? --plot assets/scaling.png
@@ -20,7 +21,7 @@ mem1      --agents mem1
 full      --agents full
 full-2x   --agents full --n-embd 136
 faithful  --agents mem1 --demos faithful
-amnesic   --agents amnesic
+amnesic   --agents amnesic --clutter 0
 END
 }
 
