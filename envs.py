@@ -114,7 +114,7 @@ class Env:
     width   tokens of a name at most
     before  text that stands before the task
     notes   a state from before the first turn, "" for none
-    open_ended  the task has no end but that of the turns
+    open_ended  no `.` ends the task, the turns do
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -394,7 +394,7 @@ def score(text, golds):
 
 
 def answers_shown(paths, query, info):
-    """The answers {(index, answer), ...} that an <info> shows to the asker of `query`."""
+    """The answers {(index, answer), ...} that an <info> shows in reply to `query`."""
     query = query.strip().removeprefix("page ")
     return {(index, path[-1].split()[-1]) for index, path in paths.items()
             if query and path[-1].startswith(query) and path[-1] in info}
@@ -499,15 +499,14 @@ def aimless(rng, seen, state, kind, text):
 
 
 def clutter(rng, env):
-    """Make a task a window into a longer list: other questions stand before and after it, up to 20
-    on each side, that are not to be answered.
+    """Make a task a window in a longer list: up to 20 other questions stand on each side of it, and
+    need no answer.
 
     In half of the episodes `<task>` marks where the window begins. In the others it stands before
-    all questions, and the episode begins with a state: it has an answer, a random name, for each of
-    up to 20 questions before the window, whose first question is open. The window ends with a `.`,
-    or, in about half of the episodes, when there are turns for no more. So nothing gives away that
-    there are never more than two questions to answer: neither the length of a prompt or of a list,
-    nor where they begin or end.
+    all questions, and the episode begins with a state: the first question of the window is open,
+    and up to 20 indices before it have an answer, a random name. In half of the episodes the window
+    ends with a `.`, in the others the turns run out. So an agent can not learn that the question
+    which it takes up is always the second, or the last.
 
     >>> env = ComposedQA(1, seed=3)
     >>> clutter(np.random.default_rng(3657), env)

@@ -106,11 +106,11 @@ def memory_table(rows):
 
 def collect(paths):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "curves", "meta"}. A larger model is told by its size: `full-2x`; one that has imitated faithful
-    notes where aimless ones are the default by its name: `mem1-faithful`.
+    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos faithful
+    `mem1-faithful`.
 
-    What the state of mem1 holds, and why it fails, at 16 objectives is measured here, and its table
-    at 64, the farthest horizon, if the run has indices for it.
+    What the state of mem1 holds at 16 objectives is measured here, and its table at 64, the
+    farthest horizon, if the run has indices for it.
     """
     one = dict(seeds={}, memory={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]
@@ -138,10 +138,9 @@ def collect(paths):
             if row["stage"] == "ppo":
                 point = round(row["reward"], 4), round(row["memory"], 4)
                 curves.setdefault(row["agent"] + variant, []).append(point)
-        if "mem1" in results and not variant:
-            one["memory"][seed] = {}
+        if "mem1" in results:
             for method in "mem1", "mem1-demos":
-                look_closer(one, cfg, models[method], seed, method)
+                look_closer(one, cfg, models[method], seed, method + variant)
     return one
 
 
@@ -153,7 +152,7 @@ def look_closer(one, cfg, saved, seed, method):
     one["seeds"][seed][method][str(farthest)] = measure(
         model, policy, cfg, farthest, episodes, Stream.TEST)
     trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
-    one["memory"][seed][method] = memory(trajs, policy)
+    one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
 
 
 FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",

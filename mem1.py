@@ -519,7 +519,7 @@ def write(model, cache, hidden, caps, uniform):
 
 
 def sample(logits, uniform=None):
-    """One token a row, by inverse transform: logits (B, V) -> ids, logp (B,).
+    """One token per row, by inverse transform: logits (B, V) -> ids, logp (B,).
 
     uniform (B,) in (0, 1]: one number per token, drawn by the episode's own generator, so that what
     it samples does not depend on the rows beside it. Temperature 1 and no filter: what is sampled

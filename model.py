@@ -54,7 +54,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) of tokens `ids` (B, T) at positions `pos` (B, T).
 
         cache  what each row looks back on, and where the new tokens go; see Cache.reserve()
-        mask   without a cache: what may attend to what (B, 1, T, T), bool; None is causal
+        mask   without a cache: which token may attend to which (B, 1, T, T), bool; None: causal
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16_products):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
