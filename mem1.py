@@ -618,7 +618,9 @@ def predict(model, rows):
     """The learner's view of Rows: logp, value, entropy (M,) of the trained tokens, with gradients.
 
     In the exact layout these are the contexts in which the tokens were sampled, and the forward
-    pass is the sampler's, so logp equals what was recorded, up to rounding.
+    pass is the sampler's, so logp equals what was recorded, up to rounding. The value has no
+    gradient into the network, only into its own head: the critic reads what the actor sees, and
+    does not disturb it.
     """
     raw = getattr(model, "module", model)  # without its DDP wrapper
     x = model(rows.ids, rows.pos, mask=rows.attn_mask)  # (B, T, C)
@@ -626,7 +628,7 @@ def predict(model, rows):
     x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (M, C), (M,)
     logps = raw.logits(x).log_softmax(-1)  # (M, V)
     logp = logps.gather(-1, target[:, None]).squeeze(-1)  # (M,)
-    return logp, raw.value(x), -(logps.exp() * logps).sum(-1)
+    return logp, raw.value(x.detach()), -(logps.exp() * logps).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def dense(gpt, traj):
     x = gpt.ln_out(x)[parent[:-1][trained]]
     p = gpt.logits(x).softmax(1)  # (M, V)
     logp = p[arange(len(p)), ids[trained]].log()
-    return stack([logp, gpt.value(x), torch.special.entr(p).sum(1)])
+    return stack([logp, gpt.value(x.detach()), torch.special.entr(p).sum(1)])
 
 
 @given(policies, turn_counts, seeds, sampled_from([*LAYOUTS]), budgets, integers(0, 4))
@@ -867,6 +867,7 @@ the clip acts in both directions | ppo.policy_loss | torch.min(ratio * adv, | ( 
 whitening a constant divides by zero | ppo.whiten | (var + 1e-8).rsqrt() | var.rsqrt() | the_kl
 KL is the difference alone | ppo.approx_kl | log_ratio.expm1() - log_ratio | -log_ratio | the_kl
 no whitening | ppo.update | whiten(adv) | adv | one_whole
+the critic changes what it reads | mem1.predict | x.detach() | x | one_whole
 whitened returns | ppo.update | whiten(adv) | whiten(adv); ret = adv + old_value | one_whole
 old values are zero | ppo.update | "value"), **like) | "value"), **like) * 0 | one_whole
 gamma and lambda exchanged | ppo.update | cfg.gamma, cfg.lam | cfg.lam, cfg.gamma | one_whole

@@ -100,7 +100,7 @@ class Config:
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
     clip: float = 0.2  # of the ratio, and of the value's move
     kl_coef: float = 0.005  # price of leaving the imitated policy, nats per token
-    value_coef: float = 0.1  # weight of the value loss: actor and critic share the network
+    value_coef: float = 0.1  # weight of the value loss; its gradient ends at the value head
     gamma: float = 1.0
     lam: float = 1.0
     layout: str = "tree"  # how PPO sees what mem1 did; the others are not exact (mem1.py)

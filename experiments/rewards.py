@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import ppo
 import train
 from envs import keyed_rng, words
-from mem1 import ENC, POLICIES, Branch, keep_all, make_rows, parse, predict, rollout
+from mem1 import ENC, POLICIES, Branch, keep_all, make_rows, parse, rollout
 
 JUDGE = 5  # the judge's random stream; envs.Stream has 0 to 4
 JUDGE_STEPS, JUDGE_LR = 60, 3e-4
@@ -108,8 +108,8 @@ def scores(judge, trajs):
     """What the judge thinks of each episode (E,), with gradients."""
     (rows,) = make_rows([judged(traj) for traj in trajs], budget=10**9)
     rows = rows.to(judge.emb.weight.device)
-    _, value, _ = predict(judge, rows)  # (E,), the longest episode first
-    return value[rows.index.argsort()]
+    x = judge(rows.ids, rows.pos)[:, :-1][rows.loss_mask[:, 1:]]  # (E, C), the longest first
+    return judge.value(x)[rows.index.argsort()]
 
 
 def preferences(actor, policy, cfg, step):
