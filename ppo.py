@@ -74,8 +74,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
             sums.add_(torch.stack([torch.ones_like(kl), entropy, kl, clip]).sum(1))
         policy_term = policy_loss(logp, old_logp[i], adv[i], cfg.clip)  # (m,)
-        value_term = value_loss(value, old_value[i], ret[i], cfg.clip)  # (m,)
-        return (policy_term + cfg.value_coef * value_term).sum() / n
+        value_term = 0.5 * (value - ret[i]) ** 2  # (m,): its gradient ends at the value head
+        return (policy_term + value_term).sum() / n
 
     def reading_loss(rows, n):  # a little of the primer, or reading skills erode
         return cfg.primer_coef * nll(model, rows) / n
@@ -258,13 +258,6 @@ def policy_loss(logp, old_logp, adv, clip=0.2):
     """
     ratio = (logp - old_logp).exp()  # (M,): 1 before the first update, if sampler and learner agree
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
-
-
-def value_loss(value, old_value, ret, clip=0.2):
-    """Half the squared error of the new value, or of the new value held within +-clip of the old,
-    whichever is larger, (M,) (arXiv 2005.12729 sec. 3; the baselines' PPO2)."""
-    near = old_value + (value - old_value).clamp(-clip, clip)
-    return 0.5 * torch.max((value - ret) ** 2, (near - ret) ** 2)
 
 
 def approx_kl(logp, old_logp):

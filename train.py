@@ -92,15 +92,14 @@ class Config:
     demos_lr: float = 2e-3
     demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
-    ppo_steps: int = 60
+    ppo_steps: int = 48
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
     ppo_lr: float = 4e-4
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
-    clip: float = 0.2  # of the ratio, and of the value's move
+    clip: float = 0.2  # of the ratio
     kl_coef: float = 0.005  # price of leaving the imitated policy, nats per token
-    value_coef: float = 0.1  # weight of the value loss; its gradient ends at the value head
     gamma: float = 1.0
     lam: float = 1.0
     layout: str = "tree"  # how PPO sees what mem1 did; the others are not exact (mem1.py)
@@ -110,7 +109,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
+    eval_every: int = 16  # ppo steps between validations at 2 and 16 objectives, and checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # a cell of the final table
     valid_episodes: int = 64  # a validation
@@ -133,7 +132,7 @@ PRESETS = {
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                kinds=["list", "chain", "count"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
-MAY_BE_ZERO = ("seed nproc exercises clutter primer_coef clip kl_coef value_coef gamma lam "
+MAY_BE_ZERO = ("seed nproc exercises clutter primer_coef clip kl_coef gamma lam "
                "weight_decay").split()
 MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a run goes on
 
