@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 import ppo
 import train
-from experiments import bench, compare, failures, layouts, rewards
+from experiments import bench, bench_stages, compare, failures, layouts, rewards
 from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last
 from model import GPT, GPTConfig
 
@@ -163,6 +164,21 @@ def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
     assert found.pop("rollout_vs_hf") is found.pop("update_vs_trl") is None
     assert {*found} == names | {"iteration_s"} and all(map(math.isfinite, found.values()))
     assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5
+
+
+def test_a_checkout_that_waits_is_found_slower_in_the_stage_in_which_it_waits(tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".git"))
+    code = (other / "train.py").read_text()
+    loop = "        row = imitate(stage.learner, stage.optimizer, trajs, cfg)\n        if is_due"
+    assert code.count(loop) == 1, "train_demos has changed"
+    (other / "train.py").write_text(code.replace(loop, "        time.sleep(1)\n" + loop))
+    bench_stages.main([str(other), "--quick", "--pairs", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    times = {line.split()[0]: float(line.split()[-5]) for line in lines}
+    assert list(times) == ["primer", "demos", "ppo"] and times["demos"] > 3 > times["primer"]
+    with pytest.raises(SystemExit):
+        bench_stages.main([str(tmp_path), "--quick"])
 
 
 @pytest.mark.skipif(os.environ.get("PROFILE") != "thorough", reason="starts five interpreters")
