@@ -92,7 +92,7 @@ class Config:
     demos_lr: float = 2e-3
     demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
-    ppo_steps: int = 48
+    ppo_steps: int = 60
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
@@ -109,7 +109,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 16  # ppo steps between validations at 2 and 16 objectives, and checkpoints
+    eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # a cell of the final table
     valid_episodes: int = 64  # a validation
