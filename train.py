@@ -99,7 +99,7 @@ class Config:
     ppo_lr: float = 4e-4
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
     clip: float = 0.2  # of the ratio
-    kl_coef: float = 0.005  # price of leaving the imitated policy, nats per token
+    kl_coef: float = 0.01  # price of leaving the imitated policy, nats per token
     gamma: float = 1.0
     lam: float = 1.0
     layout: str = "tree"  # how PPO sees what mem1 did; the others are not exact (mem1.py)
