@@ -15,7 +15,8 @@ the optimizer step, so that no split into micro-batches or processes changes the
 Differs from the paper's released code:
 1) GAE and whitening skip what was only read; there, retrieved text is counted in;
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
-3) the KL to the reference is not clamped at 0, which would bias it.
+3) the KL to the reference is not clamped at 0, which would bias it;
+4) the critic is a head on the actor's network, which its gradient does not reach.
 """
 import contextlib
 

@@ -132,8 +132,7 @@ PRESETS = {
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                kinds=["list", "chain", "count"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
-MAY_BE_ZERO = ("seed nproc exercises clutter primer_coef clip kl_coef gamma lam "
-               "weight_decay").split()
+MAY_BE_ZERO = "seed nproc exercises clutter primer_coef clip kl_coef gamma lam weight_decay".split()
 MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a run goes on
 
 # ----------------------------------------------------------------------------------------------

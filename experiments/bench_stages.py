@@ -30,11 +30,12 @@ def seconds_per_step(checkout, flags):
         command = [sys.executable, "train.py", "--out", f"{folder}/run", *flags]
         done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{checkout}: {done.stderr.strip().splitlines()[-1]}")
+            *_, reason = ["no message", *done.stderr.splitlines()]
+            raise ValueError(f"{checkout}: {reason}")
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     took = {}
     for before, row in itertools.pairwise(map(json.loads, lines)):
-        if row["stage"] == before["stage"]:
+        if (row["stage"], row["agent"]) == (before["stage"], before["agent"]):
             took.setdefault(row["stage"], []).append(60 * (row["minutes"] - before["minutes"]))
     return {stage: float(np.median(seconds)) for stage, seconds in took.items()}
 

@@ -166,7 +166,7 @@ def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
     assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5
 
 
-def test_a_checkout_that_waits_is_found_slower_in_the_stage_in_which_it_waits(tmp_path, capsys):
+def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".git"))
     code = (other / "train.py").read_text()
