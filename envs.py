@@ -166,7 +166,6 @@ class ComposedQA(Env):
     kinds         one is drawn for each episode:
                     list   independent questions, all answers are due at the end
                     chain  about half of the questions are on an earlier answer: `#65 : #64 pupil`
-                    count  `count #17 jelo`: starting at #17, one more for each answer that is jelo
     names         how many names there are: the first 200 are one token each, the others several
     """
 
@@ -179,20 +178,20 @@ class ComposedQA(Env):
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # so training sees every index
         indices = INDICES[first : first + n_objectives]
         kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
-        self.head, questions, self.index = self.compose(indices, hops, kind, names, rng)
+        questions, self.index = self.compose(indices, hops, kind, names, rng)
 
         sections = []
         for index, (subject, relations, path) in zip(indices, questions):
             sections += [index, *asked(subject, relations)]
             self.paths[index] = path
-        self.prompt = " " + " ".join([*self.head, *sections, STOP])
+        self.prompt = " " + " ".join([*sections, STOP])
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
 
     def compose(self, indices, hops, kind, names, rng):
-        """(head of the prompt, questions, search index); a question: (subject, relations, path)."""
+        """The questions [(subject, relations, path), ...], and the search index."""
         assert len(indices) * hops[1] <= names, f"{len(indices)} objectives need more names"
-        head, questions, triples = invent(indices, hops, kind, ALL_NAMES[:names], rng)
-        return head, questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
+        questions, triples = invent(indices, hops, kind, ALL_NAMES[:names], rng)
+        return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
 
     def search(self, query):
         """The facts that match a query best, as texts."""
@@ -203,13 +202,7 @@ class ComposedQA(Env):
 
     def mark(self, text):
         """(em, f1) of an answer."""
-        if not self.head:
-            return score(text, self.golds)
-        count = count_start(self.head)  # one word answers all objectives
-        for _, answer in self.golds:
-            count = count_on(self.head, count, answer)
-        em = self.n_objectives if words(text) == [count] else 0
-        return em, float(em)
+        return score(text, self.golds)
 
     def expert(self, seen, fresh=False):
         """What the demonstrator would write: it sees what the agent sees, no more."""
@@ -217,21 +210,18 @@ class ComposedQA(Env):
 
 
 def invent(indices, hops, kind, pool, rng):
-    """A private world: (head [word, ...], questions [(subject, relations, path)], triples).
+    """A private world: (questions [(subject, relations, path), ...], triples).
 
     `path` lists the facts that lead to the answer; `triples` are all facts, shuffled.
     """
     n = len(indices)
     names = (pool[i] for i in rng.permutation(len(pool)))  # a name is the subject of one chain only
-    head = []
     earlier = {}  # chain: {question: the question whose answer is its subject}
     if kind == "chain":
         for i in range(1, n):
             free = sorted({*range(i)} - {*earlier.values()})
             if rng.random() < 0.5:
                 earlier[i] = int(rng.choice(free))
-    if kind == "count":
-        head = count_head(n, pool, rng)
 
     questions, triples = [], []
     for i in range(n):
@@ -248,45 +238,14 @@ def invent(indices, hops, kind, pool, rng):
             if j < len(chain) - 1 or i in earlier.values():
                 answer = next(names)  # the subject of further facts
             else:
-                answer = draw_answer(head, pool, rng)
+                answer = str(rng.choice(pool))
             triples.append((subject, relation, answer))
             for other in rng.choice(others, DISTRACTORS, replace=False):
                 triples.append((subject, str(other), pool[rng.integers(len(pool))]))
             path.append(f"{subject} {relation} {answer}")
             subject = answer
         questions.append((start, chain, path))
-    return head, questions, [triples[i] for i in rng.permutation(len(triples))]
-
-
-# Tasks of kind "count": one word answers all objectives, so a state of constant size is enough.
-
-
-def count_head(n, pool, rng):
-    """The head of a task that counts: `count`, where to start, the name to count."""
-    return ["count", str(rng.choice(INDICES[: len(INDICES) - n])), str(rng.choice(pool))]
-
-
-def count_start(head):
-    """What is known before the first answer; "" in a task that does not count."""
-    return head[1] if head else ""
-
-
-def count_on(head, count, answer):
-    """The count after one more answer.
-
-    >>> count_on(["count", "#17", "jelo"], "#18", "jelo"), count_on([], "", "jelo")
-    ('#19', '')
-    """
-    if head and answer == head[2]:
-        return f"#{int(count[1:]) + 1}"
-    return count
-
-
-def draw_answer(head, pool, rng):
-    """A random answer; in a task that counts, half of them are the name to count."""
-    if head and rng.random() < 0.5:
-        return head[2]
-    return str(rng.choice(pool))
+    return questions, [triples[i] for i in rng.permutation(len(triples))]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -348,15 +307,14 @@ def make_env(cfg, n_objectives, seed):
 def extra_words(cfg):
     """The words of a world besides WORDS that are to be tokens."""
     if cfg.env == "qa":
-        return ["count"] if "count" in cfg.kinds else []
+        return []
     return world_module(cfg.env).extra_words(cfg)
 
 
 def longest_horizon(cfg):
     """The most objectives that there are indices for, and in an invented world names."""
     if cfg.env == "qa":
-        reserved = 1 if "count" in cfg.kinds else 0
-        return min(len(INDICES) - reserved, cfg.names // cfg.hops[1])
+        return min(len(INDICES), cfg.names // cfg.hops[1])
     return world_module(cfg.env).LONGEST
 
 
@@ -419,24 +377,16 @@ def demonstrator(prompt, seen="", fresh=False):
         turn 3   milu pupil zupe ; #64 jero #65 : zupe neighbour .          query zupe neighbour
         turn 4   zupe neighbour veba .                                      answer #64 jero #65 veba
 
-    In a task that counts, the word `count` after what was found says that this answer counts.
-
     fresh: only new answers in the list, for an agent whose context keeps older states.
 
     >>> seen = "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero"
     >>> demonstrator(" #64 : jelo pupil .", seen)
     ('jelo pupil jero .', 'answer', '#64 jero')
-    >>> seen = "<IS> ; #17 #64 : jelo pupil #65<query> jelo pupil<end><info> left=3 jelo pupil jero"
-    >>> demonstrator(" count #17 jero #64 : jelo pupil #65 : milu heir .", seen)[0]
-    'jelo pupil jero count ; #18 #65 : milu heir .'
     """
-    head, questions = read_prompt(prompt)
+    questions = read_prompt(prompt)
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     answers = read_answers(seen)
     index, subject, relations, then = question_at_hand(questions, answers, seen, query)
-    count = count_start(head)
-    if head:
-        count = ([count] + re.findall(r"; (#\d+) #\d+ :", seen))[-1]
 
     # What did the last search bring to light? One step of the question at hand is done.
     found = []
@@ -451,15 +401,12 @@ def demonstrator(prompt, seen="", fresh=False):
     due = "left=1 " in info
     if due or not relations:
         answers[index] = new[index] = subject
-        before, count = count, count_on(head, count, subject)
-        if count != before:
-            found.append("count")
         index, subject, relations, then = take_up(questions_from(questions, then), answers)
     if due or not relations:  # there is none: answer
-        return " ".join([*found, STOP]), "answer", count or entries(answers)
+        return " ".join([*found, STOP]), "answer", entries(answers)
 
-    memory = count or entries(new if fresh else answers)
-    state = [*found, LIST, memory, index, *asked(subject, relations), then]
+    noted = entries(new if fresh else answers)
+    state = [*found, LIST, noted, index, *asked(subject, relations), then]
     query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
     return " ".join(filter(None, state)), "query", query
 
@@ -538,10 +485,10 @@ def clutter(rng, env):
         env.prompt = env.prompt.removesuffix(f" {STOP}")
         env.max_turns = min(env.max_turns, sum(map(len, env.paths.values())) + 1)
     env.prompt += others(after, stops)
-    question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)  # None after a head
-    if not question or rng.random() < 0.5:
+    if rng.random() < 0.5:
         env.before = others(before, stops)
     else:
+        question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)
         old = INDICES[max(0, first - how_many()) : first]
         answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
         env.notes = f" {LIST} {answers}".rstrip() + question[0]
@@ -549,14 +496,13 @@ def clutter(rng, env):
 
 
 def read_prompt(prompt):
-    """A prompt as text -> (head [word, ...], questions [(index, subject, relations, next)]).
+    """A prompt as text -> its questions [(index, subject, relations, next index), ...].
 
     It ends at the first `.`; what follows is not asked for.
     """
     prompt = prompt.partition(f" {STOP}")[0] + f" {STOP}"
-    head = re.match(rf"(?: count #\d+ {WORD})?", prompt)[0].split()
     sections = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
-    return head, [(index, subject, rest.split(), then) for index, subject, rest, then in sections]
+    return [(index, subject, rest.split(), then) for index, subject, rest, then in sections]
 
 
 def read_answers(seen):
@@ -614,7 +560,7 @@ def entries(answers):
 # Reading exercises
 
 
-def primer(rng, longest, more=(), kinds=()):
+def primer(rng, longest, more=()):
     """One exercise in reading, on random words: (text, [(words, is it to be learned), ...]).
 
     What a pretrained language model can do and random weights can not: copy a list, edit it while
@@ -643,7 +589,7 @@ def primer(rng, longest, more=(), kinds=()):
         sections.append(" ".join([*question, then]))
 
     target, lookups = [], []
-    skill = one_of([*SKILLS, *(["count"] if "count" in kinds else [])])
+    skill = one_of(SKILLS)
     if skill == "copy":  # a list of words
         text = some_of(names, n)
         target = [(text, True)]
@@ -665,7 +611,7 @@ def primer(rng, longest, more=(), kinds=()):
     elif skill == "section":  # what stands under some headings
         text = [keys[0], *sections]
         lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
-    elif skill in ("fact", "note"):  # what the fact says that begins with two given words ...
+    else:  # fact, note: what the fact says that begins with two given words ...
         subjects = some_of(names, max(2, n // 3))
         relations = some_of(RELATIONS, 3)
         facts = [(f"{s} {r}", one_of(names)) for s in subjects for r in relations]
@@ -675,14 +621,6 @@ def primer(rng, longest, more=(), kinds=()):
         if skill == "note":  # ... or what any of three facts says
             text = text[:3]
             lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]
-    else:  # of one answer after the other: does it count, and what is the count now
-        text = count_head(min(n, 8), NAMES, rng)
-        count = count_start(text)
-        for key in keys[:8]:
-            answer = draw_answer(text, NAMES, rng)
-            before, count = count, count_on(text, count, answer)
-            says = [LIST, count] if count == before else ["count", LIST, count]
-            target += [([key, answer], False), (says, True)]
 
     for given, wanted in lookups:
         target += [([given], False), ([wanted], True)]

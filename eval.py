@@ -257,7 +257,7 @@ def parse_arguments(argv):
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
-    parser.add_argument("--kinds", nargs="+", choices=["list", "chain", "count"])
+    parser.add_argument("--kinds", nargs="+", choices=["list", "chain"])
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn")
     parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs")
@@ -334,8 +334,7 @@ def evaluate_run(args):
     n = args.objectives[0] if args.objectives else 4 if args.show else min(16, longest)
     which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
-    listed = env.paths and not getattr(env, "head", None)
-    assert listed or not args.memory, "--memory: in this world a state holds no list of answers"
+    assert env.paths or not args.memory, "--memory: in this world a state holds no list of answers"
     for name, (model, policy) in chosen.items():
         trajs = play(load_model(models[model], cfg.device), policy, cfg, n, which, Stream.TEST)
         print(f"--- {name}, {n} objectives, {len(which)} episodes")

@@ -397,7 +397,7 @@ def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory of one branch in which the answers are trained."""
     more = [*envs.extra_words(cfg), *envs.ALL_NAMES[len(envs.NAMES) : cfg.names]]
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
-    text, answer = envs.primer(rng, longest, more, cfg.kinds)
+    text, answer = envs.primer(rng, longest, more)
     branch = Branch()
     for part, learn in answer:
         branch.extend(ENC.encode_ordinary(part), loss_mask=learn)

@@ -351,7 +351,7 @@ def test_the_parser_takes_anything_loses_nothing_and_agrees_with_a_regex(ids):
 @given(texts, texts, sampled_from(["query", "answer", "malformed", ""]), integers(1, 5))
 @example(" jelo heir" * 10**5, " #1 jelo" * 10**5, "answer", 2)
 def test_the_environment_survives_any_action(first, second, kind, n):
-    env = ComposedQA(n, seed=n, kinds=("list", "chain", "count"))
+    env = ComposedQA(n, seed=n, kinds=("list", "chain"))
     env.step("query", first)
     assert len(env.step(kind, second)) < 500
     assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
@@ -361,7 +361,7 @@ def test_the_environment_survives_any_action(first, second, kind, n):
 
 
 @parametrize("policy", [keep_last, keep_all])
-@parametrize("kind", ["list", "chain", "count"])
+@parametrize("kind", ["list", "chain"])
 def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind):
     def episode(n, seed, max_turns=None, rng=None):
         env = ComposedQA(n, (1, 3), seed, max_turns, (kind,))
@@ -374,20 +374,19 @@ def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind
     longest = []
     for n in 1, 2, 5, 16, 64:
         assert [episode(n, seed) for seed in range(3)] == [n] * 3
-    assert (max(longest) < 20) == (kind == "count" or policy is keep_all)  # it holds no list
+    assert (max(longest) < 20) == (policy is keep_all)  # it holds no list
     for most, harm in (3, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
         assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 
 some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
-             "milu|pupil|heir|count|jelo pupil jero|#64 : jelo pupil #65|<query>(( x").split("|")
+             "milu|pupil|heir|jelo pupil jero|#64 : jelo pupil #65|<query>(( x").split("|")
 
 
-@given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans(),
-       sampled_from(["", " count #17 jelo"]))
-@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False, "")
-def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh, head):
-    prompt = head + " #64 : jelo pupil #65 :: milu pupil neighbour ."
+@given(lists(one_of(sampled_from(some_seen), text(max_size=4))), booleans())
+@example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False)
+def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh):
+    prompt = " #64 : jelo pupil #65 :: milu pupil neighbour ."
     turn = envs.demonstrator(prompt, " ".join(seen), fresh)
     for state, kind, said in turn, envs.aimless(default_rng(0), " ".join(seen), *turn):
         form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
@@ -406,22 +405,13 @@ def test_scores_equal_those_of_an_independent_scorer(golds, said):
     assert envs.score(f"so: {answer}!", pairs) == (em, approx(f1))
 
 
-def test_the_exercises_count_and_look_up_as_a_slow_reader_does():
-    counted = []
+def test_what_an_exercise_looks_up_stands_in_its_text():
     for seed in range(300):
-        asked, ((skill, _), *parts, _) = envs.primer(default_rng(seed), 12, kinds=["count"])
+        asked, ((skill, _), *parts, _) = envs.primer(default_rng(seed), 12)
         pairs = [(said, kept) for (said, _), (kept, _) in zip(parts[::2], parts[1::2])]
-        if skill == " count":
-            _, start, name = asked.split()
-            total = int(start[1:])
-            for said, kept in pairs:
-                counted.append(said.split()[1] == name)
-                total += counted[-1]
-                assert kept == f"{' count' if counted[-1] else ''} ; #{total}"
         if skill == " note":  # any fact will do
             pairs = [("", f"{kept},") for _, kept in pairs]
-        assert skill == " count" or all(said + kept in asked for said, kept in pairs)
-    assert 0.3 < np.mean(counted) < 0.7
+        assert all(said + kept in asked for said, kept in pairs)
 
 
 def test_no_two_streams_share_an_episode(monkeypatch):
@@ -763,10 +753,9 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 @parametrize("bad", """--objectiv 3: unrecognized; --preset huge: invalid choice; --seed -1: seed
 --ppo-lr fast: invalid float; --resume --out /nonexistent: config.json; --objectives 3: objectives
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
---start /none: does not exist; --layout flat: invalid choice; --kinds riddle: invalid choice
---agents nobody: invalid choice; --eval-objectives 500: eval-objectives; --env mars: env
+--start /none: does not exist; --agents nobody: invalid choice; --eval-objectives 500: eval-objectives; --env mars: env
 --ppo-minibatches 129: ppo-minibatches; --nproc 999: nproc; --env shop: --demos faithful
---out /proc/run: /proc/run; --kinds list count --hops 1 1 --objectives 1 80: 1 to 79
+--out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
@@ -777,7 +766,7 @@ def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
 
 FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)]
 VALUES = ("0 1 2 3 7 -1 1000 100000000000000000000 0.5 1e400 nan x mem1 full qa web shop list "
-          "count chain debug gpu cpu cuda auto / /dev/null envs.py #64 é a \udcff").split()
+          "chain debug gpu cpu cuda auto / /dev/null envs.py #64 é a \udcff").split()
 
 
 @settings(max_examples=5 * EXAMPLES)

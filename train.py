@@ -74,7 +74,7 @@ class Config:
     facts: str = ""  # a file of facts to ask about, instead of an invented world
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO is on the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    kinds: tuple = ("list",)  # list: independent questions; chain; count (envs.ComposedQA)
+    kinds: tuple = ("list",)  # list: independent questions; chain (envs.ComposedQA)
     names: int = 200  # of the invented world; those beyond 200 are several tokens each
     clutter: float = 0.8  # share of training tasks that are windows in longer lists (envs.clutter)
     # model
@@ -131,7 +131,7 @@ PRESETS = {
 }
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
-               kinds=["list", "chain", "count"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
+               kinds=["list", "chain"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
 MAY_BE_ZERO = "seed nproc exercises clutter primer_coef clip kl_coef gamma lam weight_decay".split()
 MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a run goes on
 

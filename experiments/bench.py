@@ -20,8 +20,8 @@ the CPU time of this process:
     rollout_vs_hf            time of sampling by transformers over ours; null without --peers
     update_vs_trl            time of a PPO iteration by TRL over ours; null without --peers
 
-AGENT is `mem1` on tasks that count, where its state need not grow, and `mem1_list` and `full` on
-tasks whose answers are all to be listed.
+AGENT is `mem1` on tasks that count (count.py), where its state need not grow, and `mem1_list` and
+`full` on tasks whose answers are all to be listed.
 """
 import argparse
 import collections
@@ -230,9 +230,9 @@ def bench_horizon(cfg, horizons):
     print(f"{'tasks':5s} {'agent':5s} {'N':>3s} {'KB of cache beside the prompt':>30s} "
           f"{'MB of memory at peak':>21s} {'ms a turn, early':>17s} {'late':>6s}")
     found = {}
-    for kind, agent, policy in [("count", "mem1", keep_last), ("list", "mem1_list", keep_last),
-                                ("list", "full", keep_all)]:
-        tasks = replace(cfg, kinds=(kind,))
+    for env, agent, policy in [("count", "mem1", keep_last), ("qa", "mem1_list", keep_last),
+                               ("qa", "full", keep_all)]:
+        tasks = replace(cfg, env=env)
         ENC.add(envs.extra_words(tasks))
         model = GPT(GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
         token = 2 * 4 * cfg.n_layer * cfg.n_embd  # bytes of its keys and values
@@ -246,7 +246,7 @@ def bench_horizon(cfg, horizons):
             third = shown // 3 + 1
             early.append(float(np.median(seconds[1 : 1 + third])))
             late.append(float(np.median(seconds[shown - third : shown])))
-            print(f"{kind:5s} {agent[:4]:5s} {n:3d} {beside[-1] / 1e3:30.0f} {peak_memory():21.0f} "
+            print(f"{env:5s} {agent[:4]:5s} {n:3d} {beside[-1] / 1e3:30.0f} {peak_memory():21.0f} "
                   f"{early[-1] * 1e3:17.1f} {late[-1] * 1e3:6.1f}")
         found[f"cache_growth_{agent}"] = beside[-1] / beside[0]
         found[f"turn_growth_{agent}"] = late[-1] / early[-1]

@@ -37,7 +37,7 @@ class Dialogue(ComposedQA):
         super().__init__(n_objectives, hops, seed, max_turns, ("chain",))
         self.width = 2 + hops[1]  # a state holds what was said: `user`, a name, relations
         rng = np.random.default_rng([*np.ravel(seed), 1])
-        _, questions = read_prompt(self.prompt)
+        questions = read_prompt(self.prompt)
         subjects = {subject for _, subject, _, _ in questions}
 
         # What becomes of each question. The prompt tells the first version of it.
@@ -83,7 +83,7 @@ class Dialogue(ComposedQA):
 
             jelo doctor milu ; #62 : milu tenant #63 user #65 : seji ally
         """
-        _, questions = read_prompt(self.prompt)
+        questions = read_prompt(self.prompt)
         answers, changes = read_seen(seen)
         query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
         pending = still_open(questions, changes, questions[0][0]) or questions

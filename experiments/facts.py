@@ -115,7 +115,7 @@ class FactsQA(ComposedQA):
 
     def compose(self, indices, hops, kind, names, rng):
         questions = self.questions or self.facts.draw(len(indices), hops, rng)
-        return [], questions, self.facts.index
+        return questions, self.facts.index
 
     def mark(self, text):
         self.answer = text

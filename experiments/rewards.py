@@ -75,7 +75,7 @@ def partly_right(traj):
     """Objectives of which the given or the right answer contains the other, in whole words."""
     env = traj.env
     kind, _, _, text = parse(traj.turns[-1].written)
-    if kind != "answer" or not env.paths or env.head:  # the latter two: the answer is not a list
+    if kind != "answer" or not env.paths:  # the latter: the answer is not a list
         return env.em
     given = {}
     for entry in " ".join(words(text)).split("#")[1:]:

@@ -22,7 +22,7 @@ from experiments import facts
 from mem1 import turn_cap
 
 COUNTRIES = str(Path(__file__).resolve().parents[1] / "assets" / "countries.tsv")
-NAMES = ["web", "shop", "dialogue", "facts"]
+NAMES = ["web", "count", "shop", "dialogue", "facts"]
 CFG = {name: SimpleNamespace(env=name, hops=(1, 4), facts=COUNTRIES) for name in NAMES}
 
 

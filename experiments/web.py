@@ -103,7 +103,7 @@ class WebQA(ComposedQA):
         self.tried = set()
 
     def compose(self, indices, hops, kind, names, rng):
-        return [], corpus().draw(len(indices), hops, rng), corpus().index
+        return corpus().draw(len(indices), hops, rng), corpus().index
 
     def search(self, query):
         query = " ".join(words(query)[:64])

@@ -1,0 +1,83 @@
+"""count.py: how many of the answers are this one? A state of constant size is enough.
+
+    python train.py --env count --demos faithful --clutter 0 --out runs/count
+"""
+import re
+
+import numpy as np
+
+from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, demonstrator, invent,
+                  read_answers, words)
+
+LONGEST = len(INDICES) - 1  # questions: the count is said by an index
+
+
+class CountQA(ComposedQA):
+    """N questions, each answered by a search as ever, and one number due at the end: starting at
+    the number given, one more for each answer that is the name given. Half of the answers are.
+
+    >>> env = CountQA(1, hops=(1, 1), seed=0)
+    >>> env.prompt
+    ' count #50 rava #68 : bure ally .'
+    >>> env.step("query", "bure ally")
+    ' left=2 bure ally rava, bure guard koki, bure spouse jira'
+    >>> env.step("answer", "#51"), env.em
+    ('', 1)
+    """
+
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
+        super().__init__(n_objectives, hops, seed)
+        self.prompt = f" count {self.start} {self.name}{self.prompt}"
+        total = sum(answer == self.name for _, answer in self.golds)
+        self.golds = [(add(self.start, total), "")]
+        self.paths = {}  # no state holds a list of answers
+
+    def compose(self, indices, hops, kind, names, rng):
+        self.start, self.name = str(rng.choice(INDICES[: -len(indices)])), str(rng.choice(NAMES))
+        questions, triples = invent(indices, hops, kind, NAMES, rng)
+        for _, _, path in questions:
+            if rng.random() < 0.5:
+                subject, relation, answer = path[-1].split()
+                last = triples.index((subject, relation, answer))
+                triples[last] = subject, relation, self.name
+                path[-1] = f"{subject} {relation} {self.name}"
+        return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
+
+    def mark(self, text):
+        em = self.n_objectives if words(text) == [self.golds[0][0]] else 0
+        return em, float(em)
+
+    def expert(self, seen, fresh=False):
+        """The demonstrator, with the count where its list of answers was.
+
+        The word `count` after what was found says that this answer counts:
+
+            jelo pupil jero count ; #18 #65 : milu heir .
+        """
+        counted = r"; (#\d+) (?=#\d+ :)"
+        count = ([self.start] + re.findall(counted, seen))[-1]
+        state, kind, text = demonstrator(self.prompt, re.sub(counted, "; ", seen), fresh=True)
+        found, _, listed = state.partition(LIST)
+        if kind == "answer":
+            found, listed = state.removesuffix(STOP), text
+        found = found.split()
+        if self.name in read_answers(listed).values():
+            count = add(count, 1)
+            found.append("count")
+        if kind == "answer":
+            return " ".join([*found, STOP]), kind, count
+        question = re.search(r"#\d+ :.*", listed)[0]
+        return " ".join([*found, LIST, count, question]), kind, text
+
+
+def add(index, n):
+    """#17, 1 -> #18"""
+    return f"#{int(index[1:]) + n}"
+
+
+def make_env(cfg, n_objectives, seed):
+    return CountQA(n_objectives, cfg.hops, seed)
+
+
+def extra_words(cfg):
+    return ["count"]
