@@ -414,19 +414,18 @@ def turn_cap(env):
     return (1 + env.width) * (env.n_objectives + envs.MOST_CLUTTER) + 8 * (2 + env.width)
 
 
-BATCH = 64  # episodes side by side: bounds the memory of the agent that keeps everything
-
-
-def rollout(model, environments, policy, rngs=None):
+def rollout(model, environments, policy, rngs=None, batch=64):
     """Play all `environments`, each to its end. Returns their trajectories, in order.
+
+    batch: how many are played side by side, which bounds the memory of an agent that keeps all.
 
     rngs: one numpy Generator per episode, so that an episode is the same whatever runs beside it.
     None: greedy, always the likeliest token.
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
     order = sorted(range(len(trajs)), key=lambda e: len(trajs[e].prompt))  # little padding
-    for i in range(0, len(order), BATCH):
-        some = order[i : i + BATCH]
+    for i in range(0, len(order), batch):
+        some = order[i : i + batch]
         play_out(model, [trajs[e] for e in some], policy, rngs and [rngs[e] for e in some])
     return trajs
 

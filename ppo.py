@@ -39,7 +39,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     # 1. Play.
     mine = range(rank, cfg.ppo_batch, world_size)
     rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
-    trajs = rollout(raw, environments, policy, rngs)
+    trajs = rollout(raw, environments, policy, rngs, cfg.play_batch)
     layout = LAYOUTS[cfg.layout if policy is keep_last else "tree"]
     views = list(map(layout, trajs))  # what the learner sees
 

@@ -515,7 +515,7 @@ def descend(gpt, loss):
 def test_imitation_equals_an_independent_computation():
     gpt, twin = talkative(), talkative()
     trajs = [exercise(ALL_ON, 0, 0, 4), demonstrate(ComposedQA(2), keep_last)]
-    train.imitate(gpt, sgd(gpt), trajs, ALL_ON)
+    train.imitate(gpt, sgd(gpt), make_rows(trajs, 60), ALL_ON)
     logp = cat([dense(twin, traj)[0] for traj in trajs])
     descend(twin, -logp.mean())
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-7
@@ -615,7 +615,7 @@ def train_a_little(rank, world_size, folder):
     for step in range(2):
         trajs = [exercise(cfg, step, i, 4) for i in range(3)]
         trajs.append(demonstrate(ComposedQA(2), keep_last))
-        train.imitate(learner, adam, trajs[rank::world_size], cfg)
+        train.imitate(learner, adam, make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, adam, talkative(1), mine, keep_last, cfg, step)
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
@@ -683,6 +683,11 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     cfg, models = train.load_run(finished)
     again = train.measure(train.load_model(models["mem1"]), keep_last, cfg, 1, 3, Stream.TEST)
     assert again["tokens"] == table["mem1"]["1"]["tokens"]
+
+
+def test_data_made_ahead_by_workers_are_the_same(finished, tmp_path):
+    assert run(*TINY, tmp_path, "--workers", 2) == (0, [])
+    assert outcome(tmp_path) == outcome(finished)
 
 
 class Killed(BaseException):

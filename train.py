@@ -67,6 +67,8 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one
     nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
+    workers: int = 0  # processes per process that make data ahead
+    play_batch: int = 64  # episodes played side by side
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     # world
@@ -123,17 +125,18 @@ PRESETS = {
         eval_every=2, eval_objectives=(1, 2, 4), eval_episodes=8,
         valid_episodes=4),
     "gpu": dict(
-        out="runs/gpu", n_layer=8, n_embd=512, n_head=8, names=1000,
+        out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8, names=1000,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
-        demos_lr=5e-4, exercises=256, ppo_steps=400, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
-        eval_every=100,
+        demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
+        eval_every=50,
         eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024, valid_episodes=256),
 }
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                kinds=["list", "chain"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
-MAY_BE_ZERO = "seed nproc exercises clutter primer_coef clip kl_coef gamma lam weight_decay".split()
-MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a run goes on
+MAY_BE_ZERO = """seed nproc workers exercises clutter primer_coef clip kl_coef gamma lam
+                 weight_decay""".split()
+MAY_CHANGE = "out resume device nproc workers play_batch compile preset".split()  # on --resume
 
 # ----------------------------------------------------------------------------------------------
 # The three stages
@@ -142,12 +145,16 @@ MAY_CHANGE = "out", "resume", "device", "nproc", "compile", "preset"  # when a r
 def train_primer(run):
     """Reading exercises, on lists that get longer."""
     cfg, stage = run.cfg, begin_stage(run, "primer", agent=None, base=None)
-    for step in stage.steps_left:
+
+    def make(step):
         ramp = min(1.0, step / (0.6 * cfg.primer_steps))
         longest = round(2 + ramp * (cfg.primer_longest - 2))
         trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
+        return make_rows(trajs, cfg.micro_batch)
+
+    for step, batch in with_data(stage, make, cfg):
         set_lr(stage, cfg.primer_lr, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizer, trajs, cfg)
+        row = imitate(stage.learner, stage.optimizer, batch, cfg)
         end_step(run, stage, step + 1, row)
     end_stage(run, stage)
 
@@ -156,13 +163,17 @@ def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
     longest, most_turns = farthest_needs(cfg, agent)
-    for step in stage.steps_left:
+
+    def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
         for i in share(cfg.demos_batch):
             trajs.append(demonstration(cfg, agent, step, i, longest, most_turns))
+        return make_rows(trajs, cfg.micro_batch)
+
+    for step, batch in with_data(stage, make, cfg):
         set_lr(stage, cfg.demos_lr, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizer, trajs, cfg)
+        row = imitate(stage.learner, stage.optimizer, batch, cfg)
         if is_due(stage, step + 1, cfg):
             row.update(validate(stage.model, agent, cfg))
         end_step(run, stage, step + 1, row)
@@ -176,10 +187,13 @@ def train_ppo(run, agent):
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
     reference.bfloat16_products = stage.model.bfloat16_products
     policy = POLICIES[agent]
-    for step in stage.steps_left:
+
+    def make(step):
         # All are of one size: else most of what returns differ by is the number of objectives.
         n = cfg.objectives[1]
-        environments = [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
+        return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
+
+    for step, environments in with_data(stage, make, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
         row = ppo.update(stage.learner, stage.optimizer, reference, environments, policy, cfg, step)
         if is_due(stage, step + 1, cfg):
@@ -189,9 +203,9 @@ def train_ppo(run, agent):
     end_stage(run, stage)
 
 
-def imitate(learner, optimizer, trajs, cfg):
-    """One step of maximum likelihood on exercises and demonstrations. Returns what to log."""
-    batch = make_rows(trajs, cfg.micro_batch)
+def imitate(learner, optimizer, batch, cfg):
+    """One step of maximum likelihood on the Rows of exercises and demonstrations. Returns what to
+    log."""
     n = ppo.token_count(batch, cfg.device)
     total = torch.zeros((), device=cfg.device)
 
@@ -266,6 +280,24 @@ def farthest_needs(cfg, agent):
     return longest, max(env.max_turns for env in environments)
 
 
+class StepData(torch.utils.data.Dataset):
+    """make(step) by step, for a DataLoader."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, step):
+        return self.make(step)
+
+
+def with_data(stage, make, cfg):
+    """(step, make(step)) of each step left, made ahead by cfg.workers processes, if any."""
+    loader = torch.utils.data.DataLoader(
+        StepData(make), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=list,
+        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None)
+    return zip(stage.steps_left, loader)
+
+
 def share(n):
     """Which of n episodes this process plays."""
     rank, world_size = ppo.process()
@@ -279,7 +311,8 @@ def share(n):
 def play(model, policy, cfg, n_objectives, which, split):
     """The trajectories of some greedy episodes of one horizon. which: their numbers."""
     keys = [[0, split, n_objectives, i, 0] for i in which]
-    return rollout(model, [envs.make_env(cfg, n_objectives, key) for key in keys], policy)
+    environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
+    return rollout(model, environments, policy, None, min(cfg.play_batch, 256))  # they get long
 
 
 def measures(traj, policy):

@@ -170,7 +170,7 @@ def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".git"))
     code = (other / "train.py").read_text()
-    loop = "        row = imitate(stage.learner, stage.optimizer, trajs, cfg)\n        if is_due"
+    loop = "        row = imitate(stage.learner, stage.optimizer, batch, cfg)\n        if is_due"
     assert code.count(loop) == 1, "train_demos has changed"
     (other / "train.py").write_text(code.replace(loop, "        time.sleep(1)\n" + loop))
     bench_stages.main([str(other), "--quick", "--pairs", "1"])
