@@ -47,8 +47,9 @@ import mem1
 import ppo
 import train
 from envs import Stream
-from experiments.bench_work import (TURNS, WRITTEN, Endless, Lines, act_out, by_turns, compare,
-                                    copy_bandwidth, gemm_peak, least_seconds, metronomes, recite)
+from experiments.bench_work import (TURNS, WRITTEN, Endless, Lines, act_out, by_turns, clock,
+                                    compare, copy_bandwidth, gemm_peak, least_seconds, metronomes,
+                                    recite)
 from mem1 import (ENC, Branch, demonstrate, keep_all, keep_last, make_rows, predict, recall,
                   rollout, sample)
 from model import GPT, GPTConfig
@@ -181,23 +182,23 @@ def flops(model, trajs):
 
 def bench_iteration(model, cfg, n):
     """Where the time of n iterations goes. The model writes what the demonstrator would."""
-    reference = GPT(model.config)
+    reference = GPT(model.config).to(cfg.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     spent = collections.Counter()
 
     def timed(name, function):
         def wrapped(*args, **kwargs):
-            started = time.process_time()
+            started = clock(cfg.device)
             result = function(*args, **kwargs)
-            spent[name] += time.process_time() - started
+            spent[name] += clock(cfg.device) - started
             return result
         return wrapped
 
     def make():
         return [train.training_env(cfg, Stream.PPO, 0, i) for i in range(cfg.ppo_batch)]
 
-    def act(model, environments, policy, rngs):
-        return rollout(model, environments, policy, [Lines(turns) for turns in scripts])
+    def act(model, environments, policy, rngs, batch):
+        return rollout(model, environments, policy, [Lines(t) for t in scripts], batch)
 
     scripts = [demonstrate(env, keep_last).turns for env in make()]
     make = timed("make", make)
@@ -209,9 +210,9 @@ def bench_iteration(model, cfg, n):
         for i in range(n + 1):
             if i == 1:  # the first was to warm up
                 spent.clear()
-                started = time.process_time()
+                started = clock(cfg.device)
             ppo.update(model, optimizer, reference, make(), keep_last, cfg, 0)
-        whole = time.process_time() - started
+        whole = clock(cfg.device) - started
 
     env = spent["act"] - spent["sample"] + spent["make"]
     rest = whole - spent["act"] - spent["make"] - spent["learn"]

@@ -32,34 +32,39 @@ def bench(endless, cfg, pairs):
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not installed: nothing is compared")
             return {}
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    shape = dict(
-        vocab_size=endless.config.vocab_size, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer,
-        intermediate_size=8 * cfg.n_embd // 3, num_attention_heads=cfg.n_head,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        max_position_embeddings=4096, use_cache=True)
+    shape = shape_of(cfg, endless.config.vocab_size)
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     return dict(rollout_vs_hf=against_transformers(endless, shape, cfg.ppo_batch, pairs),
                 update_vs_trl=against_trl(endless, shape, cfg, pairs))
 
 
+def shape_of(cfg, vocab_size):
+    """The settings of a Llama of as many weights as ours."""
+    return dict(
+        vocab_size=vocab_size, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer,
+        intermediate_size=8 * cfg.n_embd // 3, num_attention_heads=cfg.n_head,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        max_position_embeddings=4096, use_cache=True)
+
+
 def against_transformers(endless, shape, episodes, pairs):
     """A rollout by generate(), which encodes the whole context again in each turn."""
     import transformers
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    transformers.utils.logging.set_verbosity_error()
+    device = endless.emb.weight.device.type
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval().to(device)
     weights, theirs = (sum(p.numel() for p in model.parameters()) for model in (endless, llama))
     assert abs(theirs / weights - 1) < 0.01, f"models of {theirs} and {weights} weights"
 
     def generate(contexts, uniform):
-        n = uniform.size(1)
+        n, contexts = uniform.size(1), contexts.to(device)
         ids = llama.generate(contexts, attention_mask=torch.ones_like(contexts), max_new_tokens=n,
                              min_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                              pad_token_id=0)
         return ids[:, contexts.size(1) :]
 
     def ours():
-        return rollout(endless, *metronomes(episodes))
+        return rollout(endless, *metronomes(episodes), episodes)
 
     def their():
         return by_turns(*metronomes(episodes), generate)
@@ -69,7 +74,7 @@ def against_transformers(endless, shape, episodes, pairs):
         assert wrote == episodes * TURNS * WRITTEN
     text = (f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__}, "
             f"{theirs} weights against {weights}")
-    ratio, _ = compare("rollout_vs_hf", their, ours, pairs, text)
+    ratio, _ = compare("rollout_vs_hf", their, ours, pairs, text, device)
     return ratio
 
 

@@ -45,7 +45,7 @@ class Endless(GPT):
     """A model that never ends a turn, so that all turns are as long as they may be."""
 
     def logits(self, x):
-        return super().logits(x).index_fill(-1, torch.tensor([END]), -1e9)
+        return super().logits(x).index_fill(-1, torch.tensor([END], device=x.device), -1e9)
 
 
 def metronomes(episodes, *size):
@@ -109,18 +109,29 @@ def act_out(model, cfg, n, episodes, policy):
 
 
 # ----------------------------------------------------------------------------------------------
-# Time. CPU time of this process, since others may run beside it.
+# Time
 
 
-def seconds_of(work):
-    started = time.process_time()
+def clock(device="cpu"):
+    """Seconds: CPU time of this process, since others may run beside it; on a GPU wall time, when
+    all that was asked of it is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def seconds_of(work, device="cpu"):
+    started = clock(device)
     work()
-    return time.process_time() - started
+    return clock(device) - started
 
 
-def least_seconds(work):
-    """Of five times."""
-    return min(seconds_of(work) for _ in range(5))
+def least_seconds(work, device="cpu", times=5):
+    """Of several times; on a GPU after one to warm up."""
+    if device == "cuda":
+        work()
+    return min(seconds_of(work, device) for _ in range(times))
 
 
 def gemm_peak():
@@ -135,10 +146,12 @@ def copy_bandwidth():
     return 2 * 4 * len(a) / least_seconds(lambda: a.copy_(b))
 
 
-def compare(name, theirs, ours, pairs, text):
+def compare(name, theirs, ours, pairs, text, device="cpu"):
     """Both take turns. Prints the median ratio of the times of theirs and ours, with its range, and
     returns it, and the times (pairs, 2)."""
-    seconds = [(seconds_of(theirs), seconds_of(ours)) for _ in range(pairs + 1)]
+    seconds = []
+    for _ in range(pairs + 1):
+        seconds.append((seconds_of(theirs, device), seconds_of(ours, device)))
     seconds = np.array(seconds[1:])  # the first was to warm up
     ratios = seconds[:, 0] / seconds[:, 1]
     print(f"{name:26s} {np.median(ratios):6.2f} times   ({ratios.min():.2f} to {ratios.max():.2f}, "

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -19,10 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
+import mem1
 import ppo
 import train
-from experiments import bench, bench_stages, compare, failures, layouts, rewards
-from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last
+from experiments import (bench, bench_stages, compare, failures, gpu, gpu_speed, layouts,
+                         rewards)
+from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last, sample
 from model import GPT, GPTConfig
 
 TINY = ("--preset debug --device cpu --dtype float32 --nproc 1 --agents mem1 --primer-steps 2 "
@@ -164,6 +167,21 @@ def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
     assert found.pop("rollout_vs_hf") is found.pop("update_vs_trl") is None
     assert {*found} == names | {"iteration_s"} and all(map(math.isfinite, found.values()))
     assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5
+
+
+def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off(tmp_path):
+    args = SimpleNamespace(device="cpu", quick=True)
+
+    def largest():
+        found = gpu.exact(args, tmp_path)
+        assert len(found) == 8
+        return [float(found[f"0.5M {name} float64"].split()[3][:-1]) for name in ("mem1", "full")]
+
+    assert max(largest()) < 1e-12
+    with mock.patch.object(mem1, "sample", lambda logits, uniform: sample(logits * 1.1, uniform)):
+        assert min(largest()) > 1e-3
+    for part in gpu.ddp, gpu_speed.sizes, gpu_speed.decoding, gpu_speed.iteration:
+        assert all(part(args, tmp_path).values())
 
 
 def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):

@@ -1,0 +1,197 @@
+"""gpu.py: does a GPU compute what the CPU does? What a run on one rests on.
+
+    python experiments/gpu.py                         # all parts, about 9 minutes on an H100
+    python experiments/gpu.py smoke exact resume      # some
+    python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
+
+    smoke   the debug preset and eval.py end well
+    exact   sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens
+            of the same episodes the same log-probability: the largest difference in nats, and the
+            share of ratios outside 1 +- 0.2
+    ddp     one PPO step in a process group of one (NCCL) changes the weights as one without
+    resume  the debug preset, interrupted and resumed: does it log what the uninterrupted run logs?
+    learn   the cpu preset for mem1, in float32 and in bfloat16: minutes, EM, gap
+
+A part that fails is reported, and the others go on. The table of all that was found comes last. How
+fast a GPU is: gpu_speed.py.
+"""
+import argparse
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+import ppo
+import train
+from envs import Stream
+from experiments.bench_work import Endless, metronomes
+from mem1 import ENC, POLICIES, make_rows, predict, recorded, rollout
+from model import GPTConfig
+
+HERE = Path(__file__).resolve().parents[1]
+SIZES = {"0.5M": (4, 4, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
+
+
+def script(name, *flags):
+    """Run a script of the main folder to its end."""
+    command = [sys.executable, name, *map(str, flags)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr[-2000:]}")
+
+
+def debug_flags(args, out):
+    """The debug preset for one agent, even smaller with --quick."""
+    few = "--primer-steps 3 --demos-steps 3 --ppo-steps 4 --eval-objectives 1".split()
+    flags = ["--preset", "debug", "--device", args.device, "--agents", "mem1", "--out", out]
+    return flags + (few if args.quick else [])
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def random_agent(size, device):
+    """A model of random weights that writes as much as it may in every turn."""
+    layers, heads, channels = SIZES[size]
+    torch.manual_seed(0)
+    model = Endless(GPTConfig(ENC.n_vocab, layers, heads, channels))
+    for p in model.parameters():
+        p.data += 0.03 * torch.randn_like(p)  # far from its initial structure
+    return model.to(device)
+
+
+# ----------------------------------------------------------------------------------------------
+# The parts: each returns what it found, {what: finding}
+
+
+def smoke(args, folder):
+    script("train.py", *debug_flags(args, folder / "debug"))
+    script("eval.py", folder / "debug", "--device", args.device, "--show", 1)
+    return {"train.py and eval.py": "end well"}
+
+
+def exact(args, folder):
+    found = {}
+    for size in ["0.5M"] if args.quick else ["0.5M", "25M"]:
+        for policy in "mem1", "full":
+            for kind in "float64", "float32", "tf32", "bfloat16":
+                torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+                model = random_agent(size, args.device)
+                model.bfloat16_products = kind == "bfloat16"
+                if kind == "float64":
+                    model.double()
+                worlds, _, rngs = metronomes(2 if args.quick else 8)
+                trajs = rollout(model, worlds, POLICIES[policy], rngs)
+                acted = torch.tensor(recorded(trajs, "logp"), dtype=torch.float64)
+                off = (learner_logp(model, trajs, args.device) - acted).abs()
+                cpu = learner_logp(random_agent(size, "cpu").double(), trajs, "cpu")
+                found[f"{size} {policy} {kind}"] = (
+                    f"sampler to learner {off.max():.1e}, to the CPU {(cpu - acted).abs().max():.1e}"
+                    f", outside the clip {(off > math.log(1.2)).double().mean():.2%}")
+    return found
+
+
+@torch.no_grad()
+def learner_logp(model, trajs, device):
+    """logp (M,) of all trained tokens, float64, on the CPU."""
+    batch = make_rows(trajs)
+    order = torch.cat([rows.index for rows in batch]).argsort()
+    return torch.cat([predict(model, rows.to(device))[0].double().cpu() for rows in batch])[order]
+
+
+def ddp(args, folder):
+    torch.set_float32_matmul_precision("highest")
+    cfg = train.Config(device=args.device, ppo_batch=8)
+    after = []
+    for grouped in False, True:
+        model = learner = random_agent("0.5M", args.device)
+        if grouped:
+            backend = "nccl" if args.device == "cuda" else "gloo"
+            dist.init_process_group(backend, f"file://{folder}/meet", rank=0, world_size=1)
+            learner = torch.nn.parallel.DistributedDataParallel(model)
+        tasks = [train.training_env(cfg, Stream.PPO, 0, i, 2) for i in range(8)]
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        reference = random_agent("0.5M", args.device)
+        ppo.update(learner, adam, reference, tasks, POLICIES["mem1"], cfg, 0)
+        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    dist.destroy_process_group()
+    return {"largest difference of a weight": f"{(after[0] - after[1]).abs().max():.1e}"}
+
+
+def resume(args, folder):
+    script("train.py", *debug_flags(args, folder / "whole"))
+    command = [sys.executable, "-u", "train.py", *debug_flags(args, folder / "parts")]
+    run = subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.PIPE)
+    assert any(line.startswith("ppo") for line in run.stdout), "it never came to PPO"
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    script("train.py", "--out", folder / "parts", "--resume")
+    whole, parts = logged(folder / "whole"), logged(folder / "parts")
+    assert [row["step"] for row in whole] == [row["step"] for row in parts]
+    off = 0.0
+    for a, b in zip(whole, parts):
+        off = max(off, *(abs(a[key] - b[key]) for key in ("loss", "reward") if key in a))
+    return {"exit code when interrupted": run.returncode, "difference in the log": f"{off:.1e}"}
+
+
+def learn(args, folder):
+    found = {}
+    for dtype in "float32", "bfloat16":
+        out = folder / dtype
+        flags = debug_flags(args, out)
+        if not args.quick:
+            flags += ["--preset", "cpu", "--workers", 4, "--play-batch", 256]
+            flags += ["--micro-batch", 65536]
+        started = time.perf_counter()
+        script("train.py", *flags, "--dtype", dtype)
+        minutes = (time.perf_counter() - started) / 60
+        results = json.loads((out / "results.json").read_text())
+        em = ", ".join(f"{row['em']:.2f} of {n}" for n, row in results["mem1"].items())
+        gap = max(row["gap"] for row in logged(out) if row["stage"] == "ppo")
+        found[dtype] = f"{minutes:.1f} minutes, largest gap {gap:.0e}, EM {em}"
+    return found
+
+
+PARTS = dict(smoke=smoke, exact=exact, ddp=ddp, resume=resume, learn=learn)
+
+
+def main(parts, argv=None):
+    """Run the chosen parts, then print all that they found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", help=f"default: all of {' '.join(parts)}")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="smallest sizes")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; try --device cpu --quick")
+    unknown = set(args.parts) - set(parts)
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: expected some of {' '.join(parts)}")
+    torch.set_num_threads(1)
+    lines, failed = [torch.cuda.get_device_name() if args.device == "cuda" else "CPU"], False
+    for name in args.parts or parts:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = parts[name](args, Path(folder))
+            except Exception:  # whatever it was, the other parts are worth having
+                found, failed = {"FAILED": traceback.format_exc()}, True
+        lines.append(f"{name} ({time.perf_counter() - started:.0f} s)")
+        lines += [f"    {key}: {value}" for key, value in found.items()]
+    print("\n".join(lines))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main(PARTS)

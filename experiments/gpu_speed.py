@@ -1,0 +1,136 @@
+"""gpu_speed.py: how fast a GPU samples and learns, and what it waits for.
+
+    python experiments/gpu_speed.py                         # about 5 minutes on an H100
+    python experiments/gpu_speed.py --device cpu --quick    # at the smallest size: does it run?
+
+    sizes      tokens a second of sampling and learning in bfloat16, for models of 0.5M, 25M and
+               124M weights and 64 to 4096 episodes side by side; the learner's share of the
+               measured peak of products
+    decoding   one token in every row: on one row there is nothing but launching kernels; what
+               reading weights and cache would take alone; the same step replayed as a CUDA graph
+    iteration  where the time of a PPO iteration of the gpu preset goes
+    peers      the time of sampling by transformers over ours, if it is installed
+"""
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import train
+from experiments import bench, bench_peers
+from experiments.bench_work import TURNS, WRITTEN, Endless, least_seconds, metronomes
+from experiments.gpu import SIZES, main
+from mem1 import ENC, make_rows, predict, rollout
+from model import GPT, Cache, GPTConfig
+
+
+def new_model(size, device, kind=GPT):
+    layers, heads, channels = SIZES[size]
+    model = kind(GPTConfig(ENC.n_vocab, layers, heads, channels)).to(device)
+    model.bfloat16_products = True
+    return model
+
+
+def peaks(args):
+    """(operations a second of a product in bfloat16, bytes a second of a copy)."""
+    n, m = (512, 2**22) if args.quick else (8192, 2**28)
+    a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16)
+    c = torch.randn(m, device=args.device)
+    return (2 * n**3 / least_seconds(lambda: a @ b, args.device),
+            2 * 4 * m / least_seconds(c.clone, args.device))
+
+
+def sizes(args, folder):
+    product, copy = peaks(args)
+    found = {"peak": f"{product / 1e12:.2f} TFLOP/s in products, {copy / 1e12:.2f} TB/s in a copy"}
+    for size in ["0.5M"] if args.quick else SIZES:
+        for episodes in [4] if args.quick else [64, 256, 1024, 4096]:
+            model = new_model(size, args.device, Endless)
+            try:
+                found[f"{size}, {episodes} episodes"] = one_size(model, episodes, args, product)
+            except torch.OutOfMemoryError:
+                found[f"{size}, {episodes} episodes"] = "too large for the memory of this GPU"
+    return found
+
+
+def one_size(model, episodes, args, product):
+    def act():
+        trajs[:] = rollout(model, *metronomes(episodes), episodes)
+
+    def learn():
+        for rows in batch:
+            logp, value, _ = predict(model, rows.to(args.device))  # (m,), (m,)
+            (logp.sum() + value.sum()).backward()
+        model.zero_grad()
+
+    trajs = []
+    acting = least_seconds(act, args.device, times=1)
+    batch = make_rows(trajs, 65536)
+    learning = least_seconds(learn, args.device, times=2)
+    tokens = sum(bench.lengths(trajs))
+    share = bench.flops(model, trajs) / learning / product
+    return (f"sampling {episodes * TURNS * WRITTEN / acting:,.0f} tokens/s, learner "
+            f"{tokens / learning:,.0f} tokens/s, MFU {share:.0%}")
+
+
+@torch.no_grad()
+def decoding(args, folder):
+    _, copy = peaks(args)
+    size = "0.5M" if args.quick else "25M"
+    model, found = new_model(size, args.device), {}
+    layers, _, channels = SIZES[size]
+    for B in [4] if args.quick else [1, 64, 1024]:
+        cache = Cache(model, B)
+        n = torch.full((B,), 128, device=args.device)
+        ids = torch.ones(B, 128, device=args.device, dtype=torch.long)
+        model(ids, cache.reserve(128, n), cache)
+        pos = cache.reserve(1, n.clamp(max=1))
+
+        def step():
+            return model.logits(model(ids[:, :1], pos, cache)[:, 0]).argmax(-1)
+
+        took = least_seconds(step, args.device, times=20)
+        read = 4 * sum(p.numel() for p in model.parameters())
+        read += 2 * cache.L * B * channels * layers * cache.k.element_size()
+        text = f"{took * 1e3:.2f} ms, memory alone {read / copy * 1e3:.2f} ms"
+        if args.device == "cuda":
+            text += f", as a CUDA graph {seconds_of_graph(step) * 1e3:.2f} ms"
+        found[f"{size}, {B} rows"] = text
+    return found
+
+
+def seconds_of_graph(step):
+    """Seconds that it takes to replay a step; nan where it can not be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}")
+        return math.nan
+    return least_seconds(graph.replay, "cuda", times=20)
+
+
+def iteration(args, folder):
+    preset = "debug" if args.quick else "gpu"
+    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device})
+    model = GPT(train.gpt_config(cfg)).to(args.device)
+    model.bfloat16_products = True
+    found = bench.bench_iteration(model, cfg, 1 if args.quick else 3)
+    return {f"{preset} preset": f"{found['iteration_s']:.2f} s, {found['env_share']:.0%} of it Python"}
+
+
+def peers(args, folder):
+    episodes = 4 if args.quick else 1024
+    cfg = train.Config(ppo_batch=episodes)
+    shape = bench_peers.shape_of(cfg, ENC.n_vocab)
+    model = Endless(train.gpt_config(cfg)).to(args.device)
+    ratio = bench_peers.against_transformers(model, shape, episodes, 1 if args.quick else 3)
+    return {"time of transformers over ours": f"{ratio:.2f}"}
+
+
+if __name__ == "__main__":
+    main(dict(sizes=sizes, decoding=decoding, iteration=iteration, peers=peers))
