@@ -75,7 +75,8 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
-MOST_CLUTTER = 20  # random notes, and questions before and after a task, in training
+MOST_CLUTTER = 20  # random notes, and questions on each side of a task, in demonstrations
+PPO_CLUTTER = 4  # the same in PPO, where a few are enough, and long prompts cost time
 NOTED = 0.6  # share of the questions on which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
@@ -445,18 +446,18 @@ def aimless(rng, seen, state, kind, text):
     return state, kind, entries(notes)
 
 
-def clutter(rng, env):
-    """Make a task a window in a longer list: up to 20 other questions stand on each side of it, and
-    need no answer.
+def clutter(rng, env, most):
+    """Make a task a window in a longer list: up to `most` other questions stand on each side of it,
+    and need no answer.
 
     In half of the episodes `<task>` marks where the window begins. In the others it stands before
     all questions, and the episode begins with a state: the first question of the window is open,
-    and up to 20 indices before it have an answer, a random name. In half of the episodes the window
-    ends with a `.`, in the others the turns run out. So an agent can not learn that the question
-    which it takes up is always the second, or the last.
+    and up to `most` indices before it have an answer, a random name. In half of the episodes the
+    window ends with a `.`, in the others the turns run out. So an agent can not learn that the
+    question which it takes up is always the second, or the last.
 
     >>> env = ComposedQA(1, seed=3)
-    >>> clutter(np.random.default_rng(3657), env)
+    >>> clutter(np.random.default_rng(3657), env, MOST_CLUTTER)
     >>> f"{env.before}<task>{env.prompt}"
     '<task> #63 : zapo deputy #64 : jelo pupil #65 : tobe mentor'
     >>> env.notes, env.max_turns  # enough to search once and to answer
@@ -466,7 +467,7 @@ def clutter(rng, env):
     first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
 
     def how_many():
-        return int(rng.integers(MOST_CLUTTER + 1))
+        return int(rng.integers(most + 1))
 
     def others(indices, stops):  # stops: share of the questions that end with a `.`
         some = []

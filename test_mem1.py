@@ -365,7 +365,7 @@ def test_the_environment_survives_any_action(first, second, kind, n):
 def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind):
     def episode(n, seed, max_turns=None, rng=None):
         env = ComposedQA(n, (1, 3), seed, max_turns, (kind,))
-        envs.clutter(default_rng(seed), env)
+        envs.clutter(default_rng(seed), env, 20)
         traj = demonstrate(env, policy, rng)
         longest.append(max(len(ENC.decode(turn.state).split()) for turn in traj.turns))
         assert traj.env.cause == "answered"
@@ -415,7 +415,7 @@ def test_what_an_exercise_looks_up_stands_in_its_text():
 
 
 def test_no_two_streams_share_an_episode(monkeypatch):
-    monkeypatch.setattr(train, "rollout", lambda gpt, environments, policy: environments)
+    monkeypatch.setattr(train, "rollout", lambda gpt, environments, *rest: environments)
     cfg, played = train.Config(), []
     for stream in Stream.DEMOS, Stream.PPO:
         played += [train.training_env(cfg, stream, 0, i, 2) for i in range(99)]
@@ -448,7 +448,7 @@ def test_clutter_hides_where_a_task_begins_and_ends(clutter, hidden):
         state = ENC.decode(demonstrate(env, keep_last).turns[-2].state)
         last.append(re.findall(envs.OPEN, state)[-1][3] == envs.STOP)
     for share in np.mean(begun), np.mean(last):
-        assert (0.4 < share < 0.6) == hidden
+        assert (0.3 < share < 0.7) == hidden
 
 
 def test_demonstrations_spread_their_positions():

@@ -230,8 +230,9 @@ def training_env(cfg, stream, step, i, n_objectives=None):
         n_objectives = int(keyed_rng(cfg.seed, stream, step, i, 1).integers(low, high + 1))
     env = envs.make_env(cfg, n_objectives, [cfg.seed, stream, step, i, 0])
     rng = keyed_rng(cfg.seed, stream, step, i, 4)
-    if stream in (Stream.DEMOS, Stream.PPO) and rng.random() < cfg.clutter:
-        envs.clutter(rng, env)
+    most = {Stream.DEMOS: envs.MOST_CLUTTER, Stream.PPO: envs.PPO_CLUTTER}.get(stream)
+    if most and rng.random() < cfg.clutter:
+        envs.clutter(rng, env, most)
     return env
 
 
