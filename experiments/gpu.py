@@ -97,8 +97,9 @@ def exact(args, folder):
                 off = (learner_logp(model, trajs, args.device) - acted).abs()
                 cpu = learner_logp(random_agent(size, "cpu").double(), trajs, "cpu")
                 found[f"{size} {policy} {kind}"] = (
-                    f"sampler to learner {off.max():.1e}, to the CPU {(cpu - acted).abs().max():.1e}"
-                    f", outside the clip {(off > math.log(1.2)).double().mean():.2%}")
+                    f"sampler to learner {off.max():.1e}, "
+                    f"to the CPU {(cpu - acted).abs().max():.1e}, "
+                    f"outside the clip {(off > math.log(1.2)).double().mean():.2%}")
     return found
 
 

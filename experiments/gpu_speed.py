@@ -120,7 +120,8 @@ def iteration(args, folder):
     model = GPT(train.gpt_config(cfg)).to(args.device)
     model.bfloat16_products = True
     found = bench.bench_iteration(model, cfg, 1 if args.quick else 3)
-    return {f"{preset} preset": f"{found['iteration_s']:.2f} s, {found['env_share']:.0%} of it Python"}
+    seconds, python = found["iteration_s"], found["env_share"]
+    return {f"{preset} preset": f"{seconds:.2f} s, {python:.0%} of it Python"}
 
 
 def peers(args, folder):
