@@ -38,12 +38,9 @@ from train import load_model, load_run, measure, methods, play, table, trend
 # One episode
 
 
-def show(traj, policy, color=False):
+def show(traj, policy):
     """Print an episode turn by turn: `-` pruned since the last turn, `=` kept, `+` written now."""
-    def paint(code, text):
-        print(f"\033[{code}m{text}\033[0m" if color else text)
-
-    paint("1", f"task   {ENC.decode(traj.prompt)}")
+    print(f"task   {ENC.decode(traj.prompt)}")
     before = []
     for t, turn in enumerate(traj.turns):
         kept = recall(traj.env, policy, traj.turns[:t])
@@ -53,9 +50,9 @@ def show(traj, policy, color=False):
                 pruned += before[a:b]
         print(f"turn {t + 1}")
         now = turn.state + turn.action
-        for mark, code, ids in ("-", "2;9", pruned), ("=", "36", kept), ("+", "1;32", now):
+        for mark, ids in ("-", pruned), ("=", kept), ("+", now):
             if ids:
-                paint(code, f"     {mark} {ENC.decode(ids)}")
+                print(f"     {mark} {ENC.decode(ids)}")
         before = kept + now + turn.info
     env = traj.env
     golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
@@ -342,7 +339,7 @@ def evaluate_run(args):
             print(memory_table(memory(trajs, policy)))
         else:
             for traj in trajs:
-                show(traj, policy, sys.stdout.isatty())
+                show(traj, policy)
 
 
 def silent(line):

@@ -31,13 +31,12 @@ from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, re
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
     """One PPO iteration on this process's `environments`: play, weigh, learn -> what to log."""
-    rank, world_size = process()
     raw = getattr(model, "module", model)  # without its DDP wrapper
     device = raw.emb.weight.device
     like = dict(dtype=raw.emb.weight.dtype, device=device)
 
     # 1. Play.
-    mine = range(rank, cfg.ppo_batch, world_size)
+    mine = share(cfg.ppo_batch)
     rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
     trajs = rollout(raw, environments, policy, rngs, cfg.play_batch)
     layout = LAYOUTS[cfg.layout if policy is keep_last else "tree"]
@@ -64,6 +63,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     # 3. Learn.
     sums = torch.zeros(4, **like)  # tokens, entropy, kl, clipped: over all epochs
     gap = torch.zeros((), **like)
+    learned = 0  # tokens in the learner's rows
 
     def losses(rows, n, first):
         nonlocal gap
@@ -92,11 +92,12 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                 n = token_count(batch, device)
                 work += [(reading_loss, rows, n) for rows in batch]
             norm = optimizer_step(model, optimizer, work, cfg.grad_clip)
+            learned += sum(rows.ids.numel() for _, rows, *_ in work)
 
     tokens, entropy, kl, clip = all_sum(sums).tolist()
     return dict(
-        mean_over_episodes(trajs, cfg.ppo_batch, device), tokens=int(tokens), norm=norm,
-        kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
+        mean_over_episodes(trajs), tokens=int(tokens), learned=learned,
+        norm=norm, kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_max(gap).item())
 
 
@@ -165,26 +166,24 @@ def minibatches(cfg, step, epoch):
 def exercises(cfg, step, epoch, k):
     """This process's reading exercises beside minibatch k. Their keys go on after those of earlier
     stages, so that none is met twice."""
-    rank, world_size = process()
     key = cfg.primer_steps + cfg.demos_steps
     key += (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
-    mine = range(rank, cfg.exercises, world_size)
-    return [exercise(cfg, key, i, cfg.primer_longest) for i in mine]
+    return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
 
 
-def mean_over_episodes(trajs, episodes, device):
-    """Means over the episodes of all processes: {name: number}."""
-    names = "reward", "em", "of", "peak", "unpruned", "turns", "valid"
+def mean_over_episodes(trajs):
+    """What to log of the episodes of all processes: {name: mean}."""
     rows = []
     for t in trajs:
-        unpruned = len(keep_all(t.turns))  # what a context would hold that keeps everything
-        found, held = np.sum([[len(a), len(b)] for _, a, b in remembered(t)] or [[0, 0]], axis=0)
-        rows.append([t.reward, t.env.em, t.env.n_objectives, t.peak, unpruned, len(t.turns),
-                     t.valid / len(t.turns), found, held])
-    sums = all_sum(torch.tensor(rows, dtype=torch.float32, device=device).sum(0))
-    *sums, found, held = sums.tolist()
-    row = {name: sum / episodes for name, sum in zip(names, sums)}
-    return dict(row, memory=held / max(1.0, found))
+        memory = remembered(t)
+        rows.append(dict(
+            reward=t.reward, em=t.env.em, of=t.env.n_objectives, peak=t.peak, turns=len(t.turns),
+            unpruned=len(keep_all(t.turns)),  # what a context would hold that keeps everything
+            found=sum(len(found) for _, found, _ in memory),
+            held=sum(len(held) for _, _, held in memory)))
+    row = mean_of(rows)
+    found, held = row.pop("found"), row.pop("held")
+    return dict(row, memory=held / found if found else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -291,6 +290,21 @@ def process():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def share(n):
+    """Which of n episodes this process plays."""
+    rank, world_size = process()
+    return range(rank, n, world_size)
+
+
+def mean_of(rows):
+    """Means over the rows {name: number} of all processes."""
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+        rows = sum(parts, [])
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def all_sum(tensor):

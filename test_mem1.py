@@ -658,7 +658,7 @@ def logged(out):
 def outcome(out):
     """A hash (pytest would print all weights) of what a run leaves, times left out."""
     written = (out / "metrics.jsonl").read_text() + (out / "results.json").read_text()
-    return hash(re.sub(r'"(minutes|tok_s|time|kv_bytes|commit)": [^,}\n]+', "", written)
+    return hash(re.sub(r'"(minutes|tok_s|mfu|time|kv_bytes|commit)": [^,}\n]+', "", written)
                 + str(weights(out)))
 
 

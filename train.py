@@ -29,7 +29,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +44,7 @@ import torch.distributed as dist
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import envs
@@ -53,6 +53,7 @@ from envs import Stream, keyed_rng
 from mem1 import (ENC, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
                   rollout)
 from model import GPT, GPTConfig
+from ppo import share
 
 
 @dataclass
@@ -215,7 +216,8 @@ def imitate(learner, optimizer, batch, cfg):
         return nll / n
 
     norm = ppo.optimizer_step(learner, optimizer, [(loss, rows) for rows in batch], cfg.grad_clip)
-    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n))
+    learned = sum(rows.ids.numel() for rows in batch)
+    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n), learned=learned)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -299,12 +301,6 @@ def with_data(stage, make, cfg):
     return zip(stage.steps_left, loader)
 
 
-def share(n):
-    """Which of n episodes this process plays."""
-    rank, world_size = ppo.process()
-    return range(rank, n, world_size)
-
-
 # ----------------------------------------------------------------------------------------------
 # Evaluation: what a run prints, and eval.py repeats
 
@@ -330,12 +326,7 @@ def measures(traj, policy):
 def measure(model, policy, cfg, n_objectives, episodes, split):
     """Means of measures() over the episodes, shared among the processes."""
     trajs = play(model, policy, cfg, n_objectives, share(episodes), split)
-    rows = [measures(traj, policy) for traj in trajs]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-        rows = sum(parts, [])
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return ppo.mean_of([measures(traj, policy) for traj in trajs])
 
 
 def validate(model, agent, cfg):
@@ -399,6 +390,7 @@ class Run:
     out: Path
     state: dict  # what a checkpoint holds
     started: float  # when it began, as if it had never been interrupted
+    peak: float  # floating point operations per second of this process, at most
     signals: list = field(default_factory=list)  # SIGINT and SIGTERM that came in
 
 
@@ -458,6 +450,8 @@ def end_step(run, stage, step, row):
     now = time.perf_counter()
     took, stage.step_began = now - stage.step_began, now
     row["tok_s"] = row.pop("tokens") / took
+    weights = sum(p.numel() for p in stage.model.parameters())
+    row["mfu"] = 6 * weights * row.pop("learned") / took / run.peak  # attention not counted
     minutes = (now - run.started) / 60
     row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
     if ppo.process()[0] == 0:
@@ -514,7 +508,8 @@ def log_line(row, steps, eta):
                  f"ev {row['ev']:.2f} | gap {row['gap']:.0e}")
     else:
         text += f"loss {row['loss']:.4f}"
-    return f"{text}{looks} | {row['tok_s'] / 1e3:4.1f}k tok/s | eta {eta:.0f}m"
+    text += f"{looks} | {row['tok_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%}"
+    return f"{text} | eta {eta:.0f}m"
 
 
 def save(run):
@@ -581,7 +576,6 @@ def read_config(out):
     path = Path(out) / "config.json"
     try:
         cfg = Config(**json.loads(path.read_text())["config"])
-        cfg.facts = cfg.facts and str(Path(out) / Path(cfg.facts).name)  # the run's own copy
         check(cfg)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path} is not the configuration of a run of ours: {error}")
@@ -642,11 +636,9 @@ def prepare(cfg):
             same = saved["config"] == dataclasses.asdict(gpt_config(cfg))
             assert same, f"--start {cfg.start}: its model or words are others"
             state["models"][f"{agent}-demos"] = saved
-    run = Run(cfg, out, state, time.perf_counter() - state["seconds"])
+    run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
     if ppo.process()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if cfg.facts and Path(cfg.facts).parent != out:
-            cfg.facts = shutil.copy(cfg.facts, out)  # a run keeps its own: they are its vocabulary
         config = dict(config=dataclasses.asdict(cfg), **provenance())
         write_atomically(out / "config.json", as_json(config))
         with open(out / "metrics.jsonl", "a") as file:
@@ -657,6 +649,13 @@ def prepare(cfg):
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda number, frame: run.signals.append(number))
     return run
+
+
+def peak_flops(cfg):
+    """Floating point operations per second in the product of two large matrices, measured."""
+    n = 8192 if cfg.device == "cuda" else 1024
+    a = torch.randn(n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    return 2 * n**3 / Timer("a @ a", globals=dict(a=a)).timeit(5).median
 
 
 def as_json(content):
@@ -739,7 +738,7 @@ def configure(given):
         if cfg.start:
             load_run(cfg.start)
     if cfg.facts:
-        cfg.env = "facts"  # experiments/facts.py
+        cfg.env, cfg.facts = "facts", os.path.abspath(cfg.facts)  # experiments/facts.py
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"

@@ -178,7 +178,7 @@ def main(argv=None):
     except ValueError as problem:
         parser.error(str(problem))
     trajs = rollout(load_model(models["mem1"]), [env], POLICIES["mem1"])
-    show(trajs[0], POLICIES["mem1"], sys.stdout.isatty())
+    show(trajs[0], POLICIES["mem1"])
     print("\n".join(report(env)))
 
 
