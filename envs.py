@@ -49,8 +49,8 @@ def keyed_rng(seed, stream, step, episode, what=0):
 
     So a resumed run repeats an uninterrupted one, and any number of processes plays the same
     episodes. `what` tells several draws of one episode apart: 0 the task, 1 the number of
-    objectives, 2 the agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 what
-    stands around the task in its prompt.
+    objectives, 2 the agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the
+    clutter around the task.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
@@ -64,7 +64,7 @@ _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 ALL_NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
 ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(ALL_NAMES)]
 A_NAME = frozenset(ALL_NAMES)
-NAMES = ALL_NAMES[:200]  # the others are no tokens: an agent has to spell them
+NAMES = ALL_NAMES[:200]  # the others are not tokens: an agent has to spell them
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
 LIST = ";"  # begins the list of answers that an agent keeps
@@ -85,14 +85,14 @@ OPEN = rf"(#\d+) :+ ({WORD})((?: {WORD})*) (#\d+|\.)"  # in a state: the questio
 
 
 def words(text):
-    """Lower-case words of any text: the normalisation of the paper's EM, without its articles."""
+    """Lower-case words of any text: the paper's EM normalisation, but articles are kept."""
     return re.findall(rf"#?{WORD}", text.lower())
 
 
 def asked(subject, relations):
     """A question as words, with a colon for each relation still to be followed.
 
-    With none left it is the answer. So its first word tells how much is left to do.
+    With none left, it is just the answer. So the first word tells how many hops are left.
 
     >>> asked("milu", ["pupil", "neighbour"]), asked("veba", [])
     (['::', 'milu', 'pupil', 'neighbour'], ['veba'])
@@ -111,11 +111,11 @@ class Env:
 
     prompt  the task as text
     golds   [(index, answer), ...], the right answers
-    paths   {index: facts that lead to the answer}, where there are such
+    paths   {index: facts that lead to the answer}, if any
     width   tokens of a name at most
     before  text that stands before the task
-    notes   a state from before the first turn, "" for none
-    open_ended  no `.` ends the task, the turns do
+    notes   a state that the first turn reads as if it had been written before; "" for none
+    open_ended  no `.` ends the task; the turns run out instead
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -276,10 +276,10 @@ class SearchIndex:
     def search(self, query, top_k):
         """The texts that match `query` best, in the (random) order of the pages.
 
-        Not in the order of their rank: the agent has to read what it got, not to take the first.
+        Not in order of rank: the agent has to read the results, and cannot just take the first.
         """
         scores = {}
-        for word in words(query)[:64]:  # of an over-long query only the beginning counts
+        for word in words(query)[:64]:  # only the beginning of an over-long query counts
             for page, weight in self.postings.get(word, {}).items():
                 scores[page] = scores.get(page, 0.0) + weight
 
@@ -313,7 +313,7 @@ def extra_words(cfg):
 
 
 def longest_horizon(cfg):
-    """The most objectives that there are indices for, and in an invented world names."""
+    """The most objectives for which there are enough indices and, in an invented world, names."""
     if cfg.env == "qa":
         return min(len(INDICES), cfg.names // cfg.hops[1])
     return world_module(cfg.env).LONGEST
@@ -326,8 +326,8 @@ def longest_horizon(cfg):
 def score(text, golds):
     """(EM, F1) of an answer, summed over the objectives (MEM1 app. A.4), each 0..N.
 
-    The answer is a list of `#index words`. What stands before the first index counts for nothing;
-    of an index that occurs twice the first counts.
+    The answer is a list of `#index words`. Anything before the first index is ignored;
+    of an index that occurs twice, the first entry counts.
 
     >>> score("#7 dabo #8 kilu mose", [("#7", "dabo"), ("#8", "kilu"), ("#9", "tifa")])
     (1, 1.6666666666666665)
@@ -337,7 +337,7 @@ def score(text, golds):
         if not word.startswith("#"):
             entry.append(word)
         elif word in given:
-            entry = []  # it occurs a second time: what follows counts for nothing
+            entry = []  # a repeated index: what follows is ignored
         else:
             entry = given[word] = []
     em, f1 = 0, 0.0
@@ -366,11 +366,11 @@ def answers_shown(paths, query, info):
 def demonstrator(prompt, seen="", fresh=False):
     """The faithful expert: what to write, (state, kind, text), given the prompt and `seen`.
 
-    `seen` is the context kept of earlier turns, as text. It remembers nothing by itself, as the
-    agent does not. Its state first says what was found, then rewrites a list a little: the answers
-    so far, the question at hand as far as it is still open, and the index of the question to take
-    up next (or `.`). So nothing has to be counted, only looked up and copied. With nothing left to
-    ask, or no turn to ask in, the list is the answer, and `.` takes its place in the state:
+    `seen` is the context kept from earlier turns, as text. Like the agent, the expert has no memory
+    of its own. Its state first says what was found, then updates a list: the answers so far, what
+    is still open of the question at hand, and the index of the next question (or `.`). So nothing
+    has to be counted, only looked up and copied. With nothing left to ask, or no turn left to ask
+    in, the list becomes the answer, and `.` takes its place in the state:
 
         prompt   #64 : jelo pupil #65 :: milu pupil neighbour .
         turn 1   ; #64 : jelo pupil #65                                     query jelo pupil
@@ -389,7 +389,7 @@ def demonstrator(prompt, seen="", fresh=False):
     answers = read_answers(seen)
     index, subject, relations, then = question_at_hand(questions, answers, seen, query)
 
-    # What did the last search bring to light? One step of the question at hand is done.
+    # What did the last search find? If anything, one hop of the question at hand is done.
     found = []
     if query and relations:
         hit = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} (#?{WORD})", info)
@@ -413,12 +413,12 @@ def demonstrator(prompt, seen="", fresh=False):
 
 
 def aimless(rng, seen, state, kind, text):
-    """The same turn (state, kind, text) as written by somebody whose notes have no aim.
+    """The same turn (state, kind, text) as written by a demonstrator whose notes are aimless.
 
-    It searches and answers like the faithful demonstrator, but of a question that it leaves behind
+    It searches and answers like the faithful demonstrator, but when it leaves a question
     it notes, six times in ten, the index with a name picked at random from the facts in view, which
-    is the answer once in six; and one turn in five it drops its list. So imitation teaches to take
-    notes and to copy them, and nothing in it says which are worth it: that is left to the reward.
+    is the answer one time in six. One turn in five it drops its list. So imitation teaches taking
+    notes and copying them, but not which notes are worth it: that is left to the reward.
 
     >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
@@ -450,11 +450,11 @@ def clutter(rng, env, most):
     """Make a task a window in a longer list: up to `most` other questions stand on each side of it,
     and need no answer.
 
-    In half of the episodes `<task>` marks where the window begins. In the others it stands before
-    all questions, and the episode begins with a state: the first question of the window is open,
-    and up to `most` indices before it have an answer, a random name. In half of the episodes the
-    window ends with a `.`, in the others the turns run out. So an agent can not learn that the
-    question which it takes up is always the second, or the last.
+    In half of the episodes `<task>` marks where the window begins. In the others it comes before
+    all questions, and the episode begins with a given state: the first question of the window is
+    open, and up to `most` indices before it have a random name as answer. In half of the episodes
+    the window ends with a `.`, in the others the turns run out. So an agent cannot learn that the
+    question it takes up next is always the second, or always the last.
 
     >>> env = ComposedQA(1, seed=3)
     >>> clutter(np.random.default_rng(3657), env, MOST_CLUTTER)
@@ -520,9 +520,9 @@ def read_answers(seen):
 
 
 def question_at_hand(questions, answers, seen, query):
-    """What the last turn was about, as far as it was open: (index, subject, relations, next index).
+    """What was still open of the last turn's question: (index, subject, relations, next index).
 
-    The last state says it. If no state is kept, it follows from the query or the last answer.
+    The last state says so. If no state is kept, it follows from the query or the last answer.
     """
     stated = re.findall(OPEN, seen)
     if stated:
@@ -562,10 +562,10 @@ def entries(answers):
 
 
 def primer(rng, longest, more=()):
-    """One exercise in reading, on random words: (text, [(words, is it to be learned), ...]).
+    """One exercise in reading, on random words: (text, [(words, are they trained), ...]).
 
-    What a pretrained language model can do and random weights can not: copy a list, edit it while
-    copying, look things up, take any of several. Lists have 2 to `longest` items; `more` are words
+    What a pretrained language model can do and random weights cannot: copy a list, edit it while
+    copying, look things up, pick any of several. Lists have 2 to `longest` items; `more` are words
     besides NAMES.
 
     >>> primer(np.random.default_rng(54), 3)  # doctest: +NORMALIZE_WHITESPACE
@@ -594,7 +594,7 @@ def primer(rng, longest, more=()):
     if skill == "copy":  # a list of words
         text = some_of(names, n)
         target = [(text, True)]
-    elif skill == "edit":  # copy a list that ends in an open question, with one step of it done
+    elif skill == "edit":  # copy a list that ends in an open question, and do one hop of it
         chain = some_of(RELATIONS, rng.integers(1, 4))
         answer = one_of(names)
         then = one_of([*INDICES, STOP])
@@ -609,7 +609,7 @@ def primer(rng, longest, more=()):
     elif skill == "recall":  # the values of some keys
         text = pairs
         lookups = [(keys[i], values[i]) for i in rng.permutation(n)[:8]]
-    elif skill == "section":  # what stands under some headings
+    elif skill == "section":  # the sections of some keys
         text = [keys[0], *sections]
         lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
     else:  # fact, note: what the fact says that begins with two given words ...

@@ -1,4 +1,4 @@
-"""eval.py: how well the agents of a run do, and at which cost in memory, at horizons never trained.
+"""eval.py: how well the agents of a run do, and at what memory cost, at horizons never trained on.
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16, 32 objectives
     python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
@@ -10,7 +10,7 @@ Greedy decoding. Test episodes come from keys that no training and no validation
     em, f1      objectives answered exactly, and their token F1, summed over the objectives (0..N)
     peak        most tokens in context over the turns, prompt not counted, as in the paper; averaged
                 over all episodes (the paper's code averages over those with some success)
-    dependency  tokens that all written tokens looked back on, prompt not counted (app. A.4)
+    dependency  tokens each written token looked back on, summed, prompt not counted (app. A.4)
     turns       exchanges with the environment
     valid       share of turns that are well-formed
     right       share of turns that are, word for word, what the demonstrator would write, given
@@ -67,7 +67,7 @@ def show(traj, policy):
 def memory(trajs, policy):
     """What the state holds, by turn: {turn: {going, found, held, right, state}}.
 
-        going  share of the episodes that come so far
+        going  share of the episodes that get this far
         found  answers that the agent has asked for and been shown so far
         held   share of them in its state (an agent that keeps older states need not repeat them)
         right  share of turns that are what the demonstrator would write
@@ -106,8 +106,8 @@ def collect(paths):
     "curves", "meta"}. A larger model is called `full-2x`, a run with --demos faithful
     `mem1-faithful`.
 
-    What the state of mem1 holds at 16 objectives is measured here, and its table at 64, the
-    farthest horizon, if the run has indices for it.
+    This also plays mem1: what its state holds at 16 objectives, and its measures at 64, the longest
+    horizon, if the run has indices for it.
     """
     one = dict(seeds={}, memory={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]

@@ -1,30 +1,30 @@
 """mem1.py: an agent that works through long tasks in constant memory (MEM1, arXiv 2506.15841).
 
 Most agents append every turn to their context. A MEM1 agent rewrites one compact internal state,
-<IS>, at every turn; of the past the next turn sees that, the last query and its result, no more:
+<IS>, at every turn. Of the past, the next turn sees only that state, the last query and its result:
 
     turn 1   prompt                                  <IS> a <query> q <end>
     turn 2   prompt  <IS> a <query> q <end> <info> i  <IS> b <query> r <end>
     turn 3   prompt  <IS> b <query> r <end> <info> j  <IS> c <answer> ... <end>
              ------  ------------------------------  -------------------------
-             kept    kept of the last turn: it is    written now: in the loss, exactly
+             kept    kept from the last turn:        written now: in the loss, exactly
              always  only read, not in the loss      once (all but <IS>, which is given)
 
-This file holds the whole method but the optimiser: tags and tokenizer, the parser of what the agent
-wrote, the context policies (what to keep), the rollout, the trajectory, and the rows that the
-learner trains on; also the layouts of the paper and of its released code, to measure what exactness
-is worth.
+This file holds the whole method except the optimiser: tags and tokenizer, the parser for the
+agent's output, the context policies (what to keep), the rollout, the trajectory, and the rows that
+the learner trains on. It also has the layouts of the paper and of its released code, to measure
+what exactness is worth.
 
 The one idea: every token is trained in the context in which it was sampled. Contexts of an episode
-that share a beginning share tokens, so together they are a tree. The prompt is its trunk. A
-*branch* goes on for as long as contexts are only appended to; when something is pruned a new one
+that share a prefix share its tokens, so together they form a tree whose trunk is the prompt. A
+*branch* continues as long as the context is only appended to; when something is pruned, a new one
 starts at the prompt, and what was kept is copied into it. So MEM1 has a branch for nearly every
 turn, and an agent that keeps everything has a single one. The learner lays the tree out as one row
-a branch, the path from the root to its end, with a plain causal mask: nothing is approximated.
+per branch, the path from the root to its end, with a plain causal mask: nothing is approximated.
 
 Differs from the paper (sec. 3.3) and its released code:
-1) the paper stitches one copy of every token and hides what is pruned by a 2-D mask. There,
-   the keys of a kept token are computed while it still sees what has since been pruned, so that
+1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
+   There, a kept token's keys are computed while it still sees what has since been pruned, so
    from the third turn on the learner's policy is not the one that acted. Our rows are exact;
 2) one <end> closes a turn, and a segment ends where the next tag begins;
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
@@ -68,7 +68,7 @@ class Tokenizer:
         self.add([])
 
     def add(self, words):
-        """More words, after all that there are: no token changes its id."""
+        """Append words to the vocabulary; no existing token changes its id."""
         for word in words:
             self.ranks.setdefault(b" " + word.encode(), len(self.ranks) + len(self.tags))
         # A word, punctuation or white space; words and punctuation include one space before them.
@@ -119,7 +119,7 @@ class Turn:
 
     @property
     def written(self):
-        """What the agent wrote; its <IS> was given."""
+        """What the agent wrote: all but <IS>, which was given."""
         return self.state[1:] + self.action
 
 
@@ -150,7 +150,7 @@ class Trajectory:
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
     spans: list = field(default_factory=list)  # (seen, wrote) per turn: tokens, prompt not counted
     valid: int = 0  # well-formed turns
-    seconds: float = 0.0  # wall time of its rollout, shared with the episodes beside it
+    seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
     kv_bytes: int = 0  # key-value memory allocated for it
 
     def open_turn(self, policy):
@@ -165,7 +165,7 @@ class Trajectory:
         return new_branch
 
     def close_turn(self, ids, logp=None, value=None):
-        """What the agent wrote; the environment takes its step."""
+        """Record what the agent wrote, then step the environment."""
         branch = self.branches[-1]
         self.spans.append((len(branch.ids), len(ids)))
         branch.extend(ids, loss_mask=True, logp=logp, value=value)
@@ -200,7 +200,7 @@ class Trajectory:
 
 
 def remembered(traj):
-    """What an agent makes of its answers: [(turn, found, held), ...], one entry per query.
+    """Which answers the agent found and its state holds: [(turn, found, held), ...], one per query.
 
     found  answers {(index, answer), ...} that it has asked for and been shown before this turn
     held   those of them that stand in its state (an agent that keeps older states need not repeat
@@ -241,7 +241,7 @@ def tree(traj):
 def attention_mask(traj):
     """Who sees whom (n, n), bool. A token sees its parent, what that sees, and itself.
 
-    Three turns of MEM1 in nothing but tags: Task, then State, Query, Info a turn; `*` is trained.
+    Three turns of MEM1, tags only: Task, then State, Query, Info for each turn; `*` is trained.
 
     >>> print(picture(sketch(keep_last, turns=3)))
       T S Q I S Q S Q I S Q
@@ -257,8 +257,8 @@ def attention_mask(traj):
     S 1 . . . . . 1 1 1 1 .
     Q 1 . . . . . 1 1 1 1 1 *
 
-    The first two turns share a branch, as nothing is pruned yet. Then the first turn is gone, and
-    the second is read again in a branch of its own: there it is not trained a second time.
+    The first two turns share a branch, since nothing is pruned yet. Then the first turn is dropped,
+    and the second is re-read in a new branch, where it is not trained a second time.
     """
     ids, parent, _ = tree(traj)
     if traj.branches and traj.branches[0].attn_mask is not None:  # a layout that is not a tree
@@ -281,7 +281,7 @@ def picture(traj):
 
 
 def sketch(policy, turns):
-    """The smallest trajectory of so many turns: a state, a query and an info of one token each."""
+    """The smallest trajectory of `turns` turns: state, query and info are one token each."""
     env = SimpleNamespace(step=lambda kind, text: "", done=False, notes="")
     traj = Trajectory(env, [TASK])
     for t in range(turns):
@@ -325,8 +325,8 @@ def keep_window(turns, k=3):
 
 
 def keep_similar(turns, k=2):
-    """The last turn, and of the earlier ones the k that share most words with its query; of equals
-    the later. An external memory with retrieval (after A-MEM, arXiv 2502.12110; MEM1 app. A.4)."""
+    """The last turn and the k earlier ones that share most words with its query; ties go to the
+    later. An external memory with retrieval (after A-MEM, arXiv 2502.12110; MEM1 app. A.4)."""
     *earlier, last = turns
 
     def overlap(t):
@@ -348,7 +348,7 @@ KEEPS_STATES = keep_all, keep_window, keep_similar  # older states stay in view
 
 
 def past(env, turns):
-    """What a policy chooses from. An episode may begin with notes from before its first turn."""
+    """The turns a policy chooses from. Notes given at the start count as an earlier turn."""
     if not env.notes:
         return turns
     return [Turn([IS, *ENC.encode_ordinary(env.notes)], [], []), *turns]
@@ -365,14 +365,14 @@ def recall(env, policy, turns):
 
 
 def prompt_ids(env):
-    """What every turn sees: the task, after its tag, and what text there is before it."""
+    """What every turn sees: the task after its tag, and any text that comes before that."""
     return [*ENC.encode_ordinary(env.before), TASK, *ENC.encode_ordinary(env.prompt)]
 
 
 def expert(env, policy, turns, rng=None):
     """What the demonstrator would write after `turns`, as ids. It sees what `policy` keeps.
 
-    rng: None for the faithful one; a numpy Generator for one whose notes are aimless.
+    rng: None for faithful notes; a numpy Generator for aimless ones.
     """
     seen = ENC.decode(recall(env, policy, turns))
     fresh = policy in KEEPS_STATES
@@ -409,8 +409,8 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Tokens that an agent may write in a turn: index and name of each objective and of as many
-    notes as clutter has, and room for all else."""
+    """Most tokens that an agent may write in a turn: index and name for each objective and for the
+    most notes that clutter adds, plus room for the rest."""
     return (1 + env.width) * (env.n_objectives + envs.MOST_CLUTTER) + 8 * (2 + env.width)
 
 
@@ -440,15 +440,15 @@ def play_out(model, trajs, policy, rngs):
     cache.keep_prompt()
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
-        # 1. Bring each context up to date. A new branch begins at the prompt: all else is
-        # forgotten, and what was kept is fed again.
+        # 1. Bring each context up to date. A new branch starts at the prompt: the rest
+        # is forgotten, and what was kept is fed in again.
         new_branch = [trajs[e].open_turn(policy) for e in live]
         cache.rollback(torch.tensor(new_branch, device=weight.device))
         starts = [0 if new else trajs[e].cached for e, new in zip(live, new_branch)]
         pending = [trajs[e].branches[-1].ids[start:] for e, start in zip(live, starts)]
         hidden = feed(model, cache, pending)  # (B, C)
 
-        # 2. All write. An episode draws as many numbers whatever its neighbours do.
+        # 2. Every episode writes a turn. It draws equally many numbers whatever its neighbours do.
         caps = [turn_cap(trajs[e].env) for e in live]
         uniform = None
         if rngs is not None:
@@ -458,7 +458,7 @@ def play_out(model, trajs, policy, rngs):
             uniform = torch.tensor(draws, device=weight.device, dtype=weight.dtype)  # (B, max cap)
         written, order = write(model, cache, hidden, caps, uniform)
 
-        # 3. The environments answer; episodes that are over leave the batch.
+        # 3. The environments respond; finished episodes leave the batch.
         for e, turn in zip(live, written):
             trajs[e].close_turn(*turn)
         live = [live[b] for b in order]
@@ -476,7 +476,7 @@ def feed(model, cache, contexts):
     T = max(map(len, contexts))
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
     ids = torch.tensor([c + [0] * (T - len(c)) for c in contexts], device=device)  # (B, T)
-    x = model.forward(ids, cache.reserve(T, n), cache)  # (B, T, C); as it is under --compile, too
+    x = model.forward(ids, cache.reserve(T, n), cache)  # (B, T, C); uncompiled despite --compile
     return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
 
 
@@ -484,8 +484,8 @@ def write(model, cache, hidden, caps, uniform):
     """One turn of every row: sample until <end>, or until the row's cap.
 
     hidden (B, C) predicts the first token; uniform (B, max cap) as in sample(). Returns what each
-    row wrote [(ids, logp, value), ...], and `order`, since rows that have ended make room: row b of
-    the cache now belongs to what was in row order[b].
+    row wrote [(ids, logp, value), ...], and `order`, since finished rows are moved to the back: row
+    b of the cache now holds what was in row order[b].
     """
     B, device = len(caps), hidden.device
     cap = torch.tensor(caps, device=device)  # (B,)
@@ -502,14 +502,14 @@ def write(model, cache, hidden, caps, uniform):
         value[row, t] = model.value(hidden)
         length[row] += writing
         writing &= (ids[row, t] != END) & (t + 1 < cap[row])
-        n_writing = int(writing.sum())  # the one wait for the device in this loop
+        n_writing = int(writing.sum())  # the one device sync per token
         if n_writing == 0:
             break
         if n_writing <= 0.75 * cache.B:  # without this, evaluation took up to 1.8 times as long
             moved = cache.compact(writing)
             order[: len(moved)] = row[moved]
             writing = torch.ones(n_writing, device=device, dtype=torch.bool)
-        # Rows that have ended, and are still there, go on as padding: their tokens take no slot.
+        # Finished rows that are still in the batch become padding: their tokens take no slot.
         pos = cache.reserve(1, writing.long())  # (cache.B, 1)
         hidden = model.forward(ids[order[: cache.B], t, None], pos, cache)[:, 0]  # (cache.B, C)
     cache.B = B
@@ -521,8 +521,8 @@ def sample(logits, uniform=None):
     """One token per row, by inverse transform: logits (B, V) -> ids, logp (B,).
 
     uniform (B,) in (0, 1]: one number per token, drawn by the episode's own generator, so that what
-    it samples does not depend on the rows beside it. Temperature 1 and no filter: what is sampled
-    from is what is trained. None: greedy.
+    it samples does not depend on the rows beside it. Temperature 1 and no filtering: the
+    distribution sampled from is the one that is trained. None: greedy.
     """
     logps = logits.log_softmax(-1)  # (B, V)
     if uniform is None:
@@ -604,8 +604,8 @@ def collate(chunk):
 
 
 def recorded(trajs, name):
-    """What the sampler wrote down ("logp", "value" or "ids") of all trained tokens, flat (M,), an
-    episode after the other, in the order of sampling."""
+    """What the sampler recorded ("logp", "value" or "ids") for all trained tokens, flat (M,), one
+    episode after another, in sampling order."""
     flat = []
     for traj in trajs:
         for branch in traj.branches:
@@ -616,10 +616,9 @@ def recorded(trajs, name):
 def predict(model, rows):
     """The learner's view of Rows: logp, value, entropy (M,) of the trained tokens, with gradients.
 
-    In the exact layout these are the contexts in which the tokens were sampled, and the forward
-    pass is the sampler's, so logp equals what was recorded, up to rounding. The value has no
-    gradient into the network, only into its own head: the critic reads what the actor sees, and
-    does not disturb it.
+    In the exact layout every token has the context in which it was sampled, and the forward pass is
+    the sampler's, so logp equals what was recorded, up to rounding. The value's gradient stops at
+    its own head: the critic reads the actor's hidden states without changing them.
     """
     raw = getattr(model, "module", model)  # without its DDP wrapper
     x = model(rows.ids, rows.pos, mask=rows.attn_mask)  # (B, T, C)
@@ -631,7 +630,7 @@ def predict(model, rows):
 
 
 # ----------------------------------------------------------------------------------------------
-# Two layouts that are not exact, to measure what they cost: other rows of a MEM1 trajectory
+# Two inexact layouts of a MEM1 trajectory, to measure what they cost
 
 
 def stitched(traj, released=False):
@@ -649,9 +648,9 @@ def stitched(traj, released=False):
     S 1 . . . 1 1 1 1 .
     Q 1 . . . 1 1 1 1 1 *
 
-    From turn 3 on it is not what acted. The keys that turn 3 reads of turn 2 were computed while
-    turn 2 still saw turn 1, so from the second layer on they carry it (and at the seam of two turns
-    the convolution does in the first); and positions go on, where the agent's began anew.
+    From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
+    while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
+    convolution does so in the first). And positions run on, where the agent's restarted.
 
     released: the layout of the paper's published code. It also hides the previous state, which the
     agent did see, and an <info> sees nothing but itself.
@@ -690,7 +689,7 @@ def stitched(traj, released=False):
 
 
 def exact(traj):
-    """What was sampled, as it is."""
+    """The tree itself: what was sampled, unchanged."""
     return traj
 
 

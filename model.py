@@ -6,7 +6,7 @@ One forward pass serves both sides of reinforcement learning, so that they canno
     the learner   model(ids, pos)          whole rows, right-padded, causal attention
     the sampler   model(ids, pos, cache)   a few new tokens per row, after those in the cache
 
-Differs from GPT-2, each because half a million weights have to learn to look things up in minutes:
+Differs from GPT-2, so that half a million weights can learn to look things up within minutes:
 1) a causal convolution of width 4 before q, k, v (a "Canon layer", arXiv 2512.17351): a token sees
    the three before it without spending a head on that. It is what makes lookup quick to learn;
 2) rotary positions (arXiv 2104.09864) on part of each head; no learned positions, no biases but the
@@ -70,9 +70,8 @@ class GPT(nn.Module):
     def value(self, x):
         """(..., C) -> (...): what the rest of the episode is expected to earn.
 
-        Adam moves every weight by about lr at every step, however noisy the returns, and the sum of
-        C of them by up to C lr. Scaled down, the value adds less noise of its own to the
-        advantages.
+        Adam moves every weight by about lr at every step, however noisy the returns, so a sum over
+        C of them moves by up to C lr. Scaled down, the value adds less noise to the advantages.
         """
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
@@ -101,9 +100,9 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * C, C, bias=False)
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-        # A head start for lookup (after arXiv 2305.09828): queries match like keys, half of which
-        # is the token before, and what is read is written as it is. "After the same word as mine"
-        # is then nearly there.
+        # A head start for lookup (after arXiv 2305.09828): queries match similar keys, a key is
+        # half the token before it, and what is read is passed on unchanged. Finding what followed
+        # this same word earlier is then nearly learned.
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
         self.taps.data[-2] += 0.5
@@ -144,7 +143,7 @@ class Cache:
     """Keys and values of B contexts in static buffers: row b's tokens fill slots 0..n[b]-1.
 
     A token's slot is its position. New tokens are written at slot n[b] and up; whatever lies there
-    from before is overwritten, and cannot be seen until then. So to forget costs nothing:
+    from before is overwritten, and cannot be seen until then. So forgetting costs nothing:
     rollback() sets n back to the end of the prompt, whose keys and values stay valid for the whole
     episode.
 
@@ -162,7 +161,7 @@ class Cache:
         self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, C).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
-        self.rows = B  # the first that may come into use again
+        self.rows = B  # the first `rows` rows may be used again
         self.longest = 0  # no row is longer
         self.bytes = 0  # allocated at most
 
@@ -179,10 +178,10 @@ class Cache:
         self.tail[:, :B] = torch.where(rows, self.prompt_tail[:, :B], self.tail[:, :B])
 
     def compact(self, stay):
-        """Go on with the rows where `stay` (B,) is True, moved to the front.
+        """Continue with only the rows where `stay` (B,) is True, moved to the front.
 
-        Each row that leaves changes places with one that stays, so few move. Returns `order` (B,):
-        row b now holds what row order[b] held, those that left included.
+        A row that leaves swaps places with one that stays, so few rows move. Returns `order` (B,):
+        row b now holds what row order[b] held, including the rows that left.
         """
         order = torch.arange(len(stay), device=stay.device)
         n = int(stay.sum())
@@ -202,8 +201,8 @@ class Cache:
         """Make room for T more tokens in every row, and return their positions (B, T).
 
         Only the first n[b] of row b are real; the padding after them is seen by no real token. With
-        T > 1, once a turn, this waits for the device to learn the longest row; with T = 1, once a
-        token, it adds one to what was longest: an upper bound.
+        T > 1, once per turn, this syncs with the device to get the longest row; with T = 1, once
+        per token, it adds one to the previous maximum: an upper bound.
         """
         B, device = self.B, self.n.device
         if T > 1:

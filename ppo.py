@@ -1,22 +1,22 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-Begin with update(): one iteration, from the rollout to the optimizer steps. The mask is visible in
-two places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
-returns those alone. And everything about them is held flat, one episode after another, in the
+Begin with update(): one iteration, from the rollout to the optimizer steps. The mask matters in two
+places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
+returns only those. And everything about them is kept flat, one episode after another, in the
 order in which they were sampled: after a sampled token comes the next sampled one, even if that is
-a turn later, so that credit flows through the whole episode, over all that was read in between
+a turn later, so credit flows through the whole episode, across all that was read in between
 (MEM1 sec. 3.3, app. A.5).
 
     M trained tokens;  logp, old_logp, ref_logp, value, adv, ret, last: all (M,)
 
-Losses are a sum over trained tokens, divided by their number in all processes and micro-batches of
-the optimizer step, so that no split into micro-batches or processes changes the gradient.
+Losses are sums over trained tokens, divided by their count over all processes and micro-batches of
+the optimizer step, so the gradient does not depend on how the batch is split.
 
 Differs from the paper's released code:
 1) GAE and whitening skip what was only read; there, retrieved text is counted in;
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
 3) the KL to the reference is not clamped at 0, which would bias it;
-4) the critic is a head on the actor's network, which its gradient does not reach.
+4) the critic is a head on the actor's network; its gradient stops at that head.
 """
 import contextlib
 
@@ -30,7 +30,7 @@ from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, re
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
-    """One PPO iteration on this process's `environments`: play, weigh, learn -> what to log."""
+    """One PPO iteration on this process's `environments`. Returns what to log."""
     raw = getattr(model, "module", model)  # without its DDP wrapper
     device = raw.emb.weight.device
     like = dict(dtype=raw.emb.weight.dtype, device=device)
@@ -51,7 +51,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         for rows in make_rows(views, cfg.micro_batch):
             rows = rows.to(device)
             ref_logp[rows.index] = predict(reference, rows)[0]
-            if cfg.layout != "tree":  # the paper's code takes the learner's word for what acted
+            if cfg.layout != "tree":  # as in the paper's code: recomputed by the learner
                 old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
     turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)  # (M,)
@@ -69,7 +69,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         nonlocal gap
         i = rows.index
         logp, value, entropy = predict(model, rows)  # each (m,): loss_mask is applied in there
-        if first:  # nothing is updated yet: the learner must say what the sampler said
+        if first:  # before any update: the learner must agree with the sampler
             gap = torch.cat([(logp.detach() - sampled_logp[i]).abs(), gap[None]]).max()
         with torch.no_grad():
             kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
@@ -102,8 +102,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
 
 def nll(model, rows):
-    """Negative log-likelihood of the tokens to imitate, summed. It does not concern the critic, but
-    DDP waits for every gradient."""
+    """Negative log-likelihood of the tokens to imitate, summed. The critic takes no part, but DDP
+    expects a gradient for every weight."""
     logp, value, _ = predict(model, rows)
     return -logp.sum() + 0.0 * value.sum()
 
@@ -112,9 +112,9 @@ def optimizer_step(model, optimizer, work, grad_clip):
     """One step on the sum of the losses of all processes. Returns the norm of the gradient.
 
     work: [(function, rows, ...), ...], one per micro-batch; function(rows, ...) is its loss. DDP
-    takes the mean over processes, hence the factor world_size, and gradients meet in the last
-    backward pass only. One that is not finite is so in all processes, and raises
-    FloatingPointError before anything is changed.
+    averages over processes, hence the factor world_size, and synchronises gradients only in the
+    last backward pass. A gradient that is not finite is so in all processes, and raises
+    FloatingPointError before any weight changes.
     """
     _, world_size = process()
     device = next(model.parameters()).device
@@ -151,10 +151,10 @@ def marks(lengths, device):
 
 
 def minibatches(cfg, step, epoch):
-    """The episodes of each minibatch, counted over all processes, shuffled anew in each epoch.
+    """The episodes of each minibatch, numbered over all processes, reshuffled every epoch.
 
-    Process r plays the episodes e with e % world_size == r. Shuffled within eight lanes, 2, 4 or 8
-    processes have equally many of each minibatch.
+    Process r plays the episodes e with e % world_size == r. They are shuffled within eight lanes,
+    so that 2, 4 or 8 processes have equally many of each minibatch.
     """
     order = keyed_rng(cfg.seed, Stream.PPO, step, epoch, 3).permutation(cfg.ppo_batch)
     lanes = 8 if cfg.ppo_batch % (8 * cfg.ppo_minibatches) == 0 else 1
@@ -282,7 +282,7 @@ def explained_variance(value, ret):
 
 
 # ----------------------------------------------------------------------------------------------
-# Several processes. Each of them must call these together.
+# Several processes. All of them must make these calls, in the same order.
 
 
 def process():

@@ -55,7 +55,7 @@ HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
 
 # ----------------------------------------------------------------------------------------------
-# A world that takes whatever is written, so that random weights play many turns
+# A world that accepts whatever is written, so that random weights play many turns
 
 
 class AnyWorld:
@@ -242,7 +242,7 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
         (grad,) = torch.autograd.grad(logp[i], inputs[0], retain_graph=True)  # (B, T, C)
         context = torch.zeros_like(rows.loss_mask)
         context[b, :t] = True
-        assert torch.equal(grad.norm(dim=-1) > 0, context)  # not what was pruned, comes later, pads
+        assert torch.equal(grad.norm(dim=-1) > 0, context)  # not pruned, later or padding tokens
         rows.ids = torch.where(context, ids, 7)  # other content there
         rows.ids[b, t] = ids[b, t]
         assert predict(gpt, rows)[0][i] == logp[i]
@@ -252,9 +252,9 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
     ("stitched", True, 6), ("stitched", False, 2), ("released", False, 1)])
 def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, plain, exact):
     gpt = talkative()
-    if plain:  # one layer, without convolution, and heads of 2 channels, which have no positions:
+    if plain:  # one layer, no convolution, heads of 2 channels (too few for positions):
         gpt = talkative(n_layer=1, n_head=16)
-        gpt.blocks[0].taps.data.zero_()  # what differs otherwise is what these carry
+        gpt.blocks[0].taps.data.zero_()  # all differences come from these
     trajs = play(gpt, keep_last, [6, 5, 6])
     turn = tensor([t for traj in trajs  # notes given at the start are a turn, too
                    for t, this in enumerate(traj.turns, 1 if traj.env.notes else 0)
@@ -331,7 +331,7 @@ def test_tokens_never_pass_through_text_and_forged_tags_stay_text():
     (traj,) = play(talkative(ends=5.0), keep_all, [6])
     wrote = [turn.state + turn.action for turn in traj.turns]
     again = [ENC.encoding.encode(ENC.decode(ids), allowed_special="all") for ids in wrote]
-    assert again != wrote  # control: text would not give them back
+    assert again != wrote  # control: a round trip through text changes them
     assert keep_all(traj.turns) == traj.branches[0].ids
     for turn in traj.turns[:-1]:
         assert "<end>" in ENC.decode(turn.info) and END not in turn.info

@@ -4,15 +4,15 @@
     python train.py --preset debug               # smoke run, ten seconds
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP
     torchrun --nproc-per-node 8 train.py         # the same; also on several machines
-    python train.py --out runs/cpu --resume      # go on with an interrupted run
-    python train.py --start runs/cpu --seed 1 --out runs/again   # PPO alone, from a run's imitation
+    python train.py --out runs/cpu --resume      # continue an interrupted run
+    python train.py --start runs/cpu --seed 1 --out runs/again   # PPO only, from imitated agents
 
 Three stages, each a loop below. Qwen2.5-7B, which the paper starts from, can read; random weights
-can not, hence the first:
+cannot, hence the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation, on one and two objectives: the format, and how to search. The notes that
              mem1 imitates have no aim (envs.aimless)
-    ppo      reward, on two objectives: that answers are worth a note
+    ppo      reward, on two objectives: that answers are worth noting down
 The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy
 differs.
 
@@ -62,8 +62,8 @@ class Config:
     # run
     preset: str = "cpu"  # sets several of the fields below at once
     out: str = "runs/cpu"  # the run's directory; runs/PRESET unless given
-    resume: bool = False  # go on from the checkpoint in it
-    start: str = ""  # a run whose imitated agents to take: then there is PPO only
+    resume: bool = False  # continue from the checkpoint in --out
+    start: str = ""  # a run to take the imitated agents from; only PPO is then run
     seed: int = 0  # of everything
     device: str = "auto"  # auto: cuda where there is one
     nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
@@ -73,9 +73,9 @@ class Config:
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     # world
-    env: str = "qa"  # qa, or a world of experiments/: web, shop, dialogue
+    env: str = "qa"  # qa, or a world of experiments/: web, count, shop, dialogue
     facts: str = ""  # a file of facts to ask about, instead of an invented world
-    objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO is on the most
+    objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
     kinds: tuple = ("list",)  # list: independent questions; chain (envs.ComposedQA)
     names: int = 200  # of the invented world; those beyond 200 are several tokens each
@@ -105,7 +105,7 @@ class Config:
     kl_coef: float = 0.01  # price of leaving the imitated policy, nats per token
     gamma: float = 1.0
     lam: float = 1.0
-    layout: str = "tree"  # how PPO sees what mem1 did; the others are not exact (mem1.py)
+    layout: str = "tree"  # of mem1's trajectories in PPO; all but tree are inexact (mem1.py)
     # optimisation
     exercises: int = 16  # reading exercises beside each demos batch and minibatch, or skills erode
     grad_clip: float = 1.0
@@ -114,7 +114,7 @@ class Config:
     # evaluation
     eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
-    eval_episodes: int = 256  # a cell of the final table
+    eval_episodes: int = 256  # per cell of the final table
     valid_episodes: int = 64  # a validation
 
 
@@ -182,15 +182,15 @@ def train_demos(run, agent):
 
 
 def train_ppo(run, agent):
-    """Reinforcement. The last weights are kept: to choose by a validation at 16 objectives would be
-    to look beyond what is trained. Those on the way stay as well, as `mem1@20`."""
+    """Reinforcement. The last weights are the result: choosing by validation at 16 objectives would
+    use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
     reference.bfloat16_products = stage.model.bfloat16_products
     policy = POLICIES[agent]
 
     def make(step):
-        # All are of one size: else most of what returns differ by is the number of objectives.
+        # All of one size: otherwise returns would differ mostly by the number of objectives.
         n = cfg.objectives[1]
         return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
 
@@ -239,10 +239,10 @@ def training_env(cfg, stream, step, i, n_objectives=None):
 
 
 def demonstration(cfg, agent, step, i, longest, most_turns):
-    """One episode of the demonstrator. Its turn budget is too small in some, to show what to do
-    when the turns run out, and more than enough in others, so that an agent has met every number of
-    turns left that it may be told on a long horizon. The agents that mem1 is compared with get the
-    better teacher, whose notes are faithful:
+    """One episode of the demonstrator. In some its turn budget is too small, to show what to do
+    when the turns run out. In others it is more than enough, so that the agent has seen every
+    number of turns left that it may be told on a long horizon. The agents that mem1 is compared
+    with get the better teacher, whose notes are faithful:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
@@ -250,8 +250,8 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     25
 
     Positions are a random increasing subset of 0..L-1, with L drawn between the episode's own
-    length (positions as when acting) and `longest`: spread so thin, a short training episode has
-    seen the distances of long ones ("randomised positions", arXiv 2305.16843).
+    length (positions as when acting) and `longest`: spread out like this, a short training episode
+    covers the distances of long ones ("randomised positions", arXiv 2305.16843).
 
     >>> trajs = [demonstration(Config(), "mem1", 0, i, 99, 20) for i in range(100)]
     >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
@@ -294,7 +294,7 @@ class StepData(torch.utils.data.Dataset):
 
 
 def with_data(stage, make, cfg):
-    """(step, make(step)) of each step left, made ahead by cfg.workers processes, if any."""
+    """(step, make(step)) of each remaining step, made ahead by cfg.workers processes, if any."""
     loader = torch.utils.data.DataLoader(
         StepData(make), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=list,
         num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None)
@@ -339,8 +339,8 @@ def validate(model, agent, cfg):
 
 
 def methods(models, snapshots=False):
-    """{method: (model, policy)} of a run: what it trained, on request with the weights on the way,
-    and `truncate`, which gives MEM1's context to the weights of full context."""
+    """{method: (model, policy)} of a run: what it trained, on request with its snapshots, and
+    `truncate`, which runs the weights of full context with MEM1's context."""
     found = {}
     for name in models:
         agent, way, _ = re.split("(-demos|@|$)", name, maxsplit=1)
@@ -371,7 +371,7 @@ def trend(results):
     """The paper's headline, at the farthest horizon up to 16: mem1 against full context."""
     n = max((int(n) for n in results.get("full", {}) if int(n) <= 16), default=None)
     if n is None or "mem1" not in results:
-        return "this run has not both mem1 and full: nothing to compare"
+        return "this run does not have both mem1 and full: nothing to compare"
     a, b = results["mem1"][str(n)], results["full"][str(n)]
     times = f"{a['em'] / b['em']:.1f}" if b["em"] else "inf"
     return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}: {times} "
@@ -390,7 +390,7 @@ class Run:
     out: Path
     state: dict  # what a checkpoint holds
     started: float  # when it began, as if it had never been interrupted
-    peak: float  # floating point operations per second of this process, at most
+    peak_flops: float  # peak floating point operations per second of this process
     signals: list = field(default_factory=list)  # SIGINT and SIGTERM that came in
 
 
@@ -413,7 +413,7 @@ FRESH = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.
 
 
 def begin_stage(run, kind, agent, base):
-    """The model of a stage, from the weights called `base`, or as the checkpoint has it."""
+    """Set up a stage, from the weights called `base` or from a checkpoint taken within it."""
     cfg, state, name = run.cfg, run.state, stage_name(kind, agent)
     torch.manual_seed(cfg.seed)
     model = GPT(gpt_config(cfg)).to(cfg.device)
@@ -451,7 +451,7 @@ def end_step(run, stage, step, row):
     took, stage.step_began = now - stage.step_began, now
     row["tok_s"] = row.pop("tokens") / took
     weights = sum(p.numel() for p in stage.model.parameters())
-    row["mfu"] = 6 * weights * row.pop("learned") / took / run.peak  # attention not counted
+    row["mfu"] = 6 * weights * row.pop("learned") / took / run.peak_flops  # attention not counted
     minutes = (now - run.started) / 60
     row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
     if ppo.process()[0] == 0:
@@ -491,12 +491,12 @@ def gpt_config(cfg):
 
 
 def stage_name(kind, agent):
-    """Of the model that comes out of it: `primer`, `mem1-demos`, `mem1`."""
+    """The name of the model that a stage produces: `primer`, `mem1-demos`, `mem1`."""
     return {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
 
 
 def log_line(row, steps, eta):
-    """A step as a line for people: what matters first."""
+    """A step as one line to read, what matters most first."""
     looks = "".join(f" | {key} {row[key]:.2f}" for key in row if key.startswith("em@"))
     text = f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d} | "
     if row["stage"] == "ppo":
@@ -517,7 +517,7 @@ def save(run):
     run.state["seconds"] = time.perf_counter() - run.started
     if ppo.process()[0] == 0:
         with open(run.out / "metrics.jsonl", "a") as file:
-            os.fsync(file.fileno())  # what leads to a checkpoint is on the disk before it
+            os.fsync(file.fileno())  # the log is on disk before the checkpoint
             run.state["log_bytes"] = file.tell()
         buffer = io.BytesIO()
         torch.save(run.state, buffer)
@@ -527,7 +527,7 @@ def save(run):
 
 
 def write_atomically(path, content):
-    """Write bytes to a temporary file, see them on the disk, then rename it."""
+    """Write bytes to a temporary file, flush it to disk, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -537,7 +537,7 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} can not be written: {error}")
+        raise OSError(f"{path} cannot be written: {error}")
 
 
 def load_checkpoint(out):
@@ -546,7 +546,7 @@ def load_checkpoint(out):
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the directory of a run, like runs/cpu")
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
             assert file.testzip() is None, "its checksum is wrong"
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(state, dict) and set(state) == set(FRESH), "it has other contents"
@@ -557,7 +557,7 @@ def load_checkpoint(out):
 
 
 def load_run(out):
-    """(its configuration, its models) of a run's directory. ValueError in one line."""
+    """(configuration, models) from a run's directory. Errors are one-line ValueErrors."""
     state = load_checkpoint(out)
     cfg = read_config(out)
     ENC.add(envs.extra_words(cfg))
@@ -583,7 +583,7 @@ def read_config(out):
 
 
 def set_lr(stage, lr, step, warmup):
-    """`warmup` steps up, constant, linear to 5% over the last 40%.
+    """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)])
     >>> stage = Stage("ppo", "mem1", "mem1", 10, None, None, None, optimizer)
@@ -634,7 +634,7 @@ def prepare(cfg):
             assert f"{agent}-demos" in models, f"--start {cfg.start}: it has no {agent}-demos"
             saved = models[f"{agent}-demos"]
             same = saved["config"] == dataclasses.asdict(gpt_config(cfg))
-            assert same, f"--start {cfg.start}: its model or words are others"
+            assert same, f"--start {cfg.start}: its model or vocabulary differs"
             state["models"][f"{agent}-demos"] = saved
     run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
     if ppo.process()[0] == 0:
@@ -642,7 +642,7 @@ def prepare(cfg):
         config = dict(config=dataclasses.asdict(cfg), **provenance())
         write_atomically(out / "config.json", as_json(config))
         with open(out / "metrics.jsonl", "a") as file:
-            # What comes after the checkpoint is done again.
+            # Steps after the checkpoint will be redone.
             file.truncate(min(file.tell(), state["log_bytes"]))
     if not cfg.resume:
         save(run)
@@ -721,7 +721,7 @@ def parse_arguments(argv):
 
 
 def configure(given):
-    """The Config of the fields that were given. AssertionError, ValueError or OSError if not."""
+    """A Config from the given fields. AssertionError, ValueError or OSError if they are invalid."""
     preset = given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")
     cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
     if cfg.resume:
@@ -756,12 +756,12 @@ def configure(given):
 
 
 def check(cfg):
-    """What no flag's type can say. AssertionError or ValueError in one line."""
+    """Checks that a flag's type cannot express. A one-line AssertionError or ValueError."""
     for f in dataclasses.fields(Config):
         value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
         if f.type in (int, float):
             lowest = 0 if f.name in MAY_BE_ZERO else 1e-12
-            assert lowest <= value < 1e9, f"{flag} {value}: expected more, or less than a billion"
+            assert lowest <= value < 1e9, f"{flag} {value}: too small, or not below a billion"
         if f.name.endswith(("_batch", "_episodes")):
             assert value >= cfg.nproc, f"{flag} {value}: expected at least one per process"
     for name in "objectives", "hops":
@@ -786,7 +786,7 @@ def check(cfg):
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.disable()  # what is said below is enough
+    logging.disable()  # the messages below are enough
     try:
         torch.distributed.run.main(
             ["--standalone", f"--nproc-per-node={cfg.nproc}", "--", __file__, *argv])
@@ -819,7 +819,7 @@ def main(argv=None):
         if not dist.is_initialized():
             raise
         if not re.search("gloo|nccl|connection|timed out", str(error), re.I):
-            traceback.print_exc()  # else another process is gone, and the launcher says so
+            traceback.print_exc()  # otherwise another process died, and the launcher says so
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()

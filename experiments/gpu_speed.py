@@ -103,7 +103,7 @@ def decoding(args, folder):
 
 
 def seconds_of_graph(step):
-    """Seconds that it takes to replay a step; nan where it can not be captured."""
+    """Seconds that it takes to replay a step; nan if it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
