@@ -63,7 +63,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     # 3. Learn.
     sums = torch.zeros(4, **like)  # tokens, entropy, kl, clipped: over all epochs
     gap = torch.zeros((), **like)
-    learned = 0  # tokens in the learner's rows
+    learned = 0  # tokens in this process's rows, padding included
 
     def losses(rows, n, first):
         nonlocal gap

@@ -618,6 +618,7 @@ def train_a_little(rank, world_size, folder):
         train.imitate(learner, adam, make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, adam, talkative(1), mine, keep_last, cfg, step)
+    del row["learned"]  # tokens of this process, padding included
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
     if world_size > 1:
         dist.destroy_process_group()
