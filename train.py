@@ -358,6 +358,7 @@ def table(models, cfg, chosen, episodes, tell):
     results = {}
     for name, (model, policy) in chosen.items():
         model = load_model(models[model], cfg.device)
+        model.bfloat16_products = cfg.dtype == "bfloat16"
         results[name] = {}
         for n in cfg.eval_objectives:
             r = results[name][str(n)] = measure(model, policy, cfg, n, episodes, Stream.TEST)
@@ -722,7 +723,8 @@ def parse_arguments(argv):
 
 def configure(given):
     """A Config from the given fields. AssertionError, ValueError or OSError if they are invalid."""
-    preset = given.get("preset", "gpu" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+    preset = given.get("preset", "gpu" if gpu else "cpu")
     cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
     if cfg.resume:
         cfg = read_config(cfg.out)
@@ -806,9 +808,11 @@ def main(argv=None):
     torch.set_num_threads(1)  # several threads fight over small matrices
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")  # TF32
+    if cfg.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     if cfg.nproc > 1:
-        dist.init_process_group(timeout=datetime.timedelta(minutes=10))
+        backend = "nccl" if cfg.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     try:
         train(cfg)
     except FloatingPointError as error:

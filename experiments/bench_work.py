@@ -45,7 +45,9 @@ class Endless(GPT):
     """A model that never ends a turn, so that all turns are as long as they may be."""
 
     def logits(self, x):
-        return super().logits(x).index_fill(-1, torch.tensor([END], device=x.device), -1e9)
+        logits = super().logits(x)  # (..., V)
+        logits[..., END] = -1e9
+        return logits
 
 
 def metronomes(episodes, *size):

@@ -12,8 +12,7 @@
     resume  the debug preset, interrupted and resumed: does it log what the uninterrupted run logs?
     learn   the cpu preset for mem1, in float32 and in bfloat16: minutes, EM, gap
 
-A part that fails is reported, and the others go on. The table of all that was found comes last. How
-fast a GPU is: gpu_speed.py.
+A part that fails is reported, and the others go on. How fast a GPU is: gpu_speed.py.
 """
 import argparse
 import json
@@ -180,7 +179,8 @@ def main(parts, argv=None):
     if unknown:
         parser.error(f"{' '.join(unknown)}: expected some of {' '.join(parts)}")
     torch.set_num_threads(1)
-    lines, failed = [torch.cuda.get_device_name() if args.device == "cuda" else "CPU"], False
+    print(torch.cuda.get_device_name() if args.device == "cuda" else "CPU")
+    failed = False
     for name in args.parts or parts:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -188,9 +188,8 @@ def main(parts, argv=None):
                 found = parts[name](args, Path(folder))
             except Exception:  # whatever it was, the other parts are worth having
                 found, failed = {"FAILED": traceback.format_exc()}, True
-        lines.append(f"{name} ({time.perf_counter() - started:.0f} s)")
-        lines += [f"    {key}: {value}" for key, value in found.items()]
-    print("\n".join(lines))
+        lines = [f"    {key}: {value}" for key, value in found.items()]
+        print(f"{name} ({time.perf_counter() - started:.0f} s)", *lines, sep="\n", flush=True)
     sys.exit(failed)
 
 
