@@ -117,23 +117,24 @@ class Block(nn.Module):
         for j, tap in enumerate(self.taps):
             mixed = torch.addcmul(mixed, wide[:, j : j + T], tap)  # (B, T, C)
 
-        q, k, v = self.qkv(mixed).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, rotation), rotate(k, rotation)  # q, k, v: each (B, nh, T, hs)
+        qkv = self.qkv(mixed).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], rotation), qkv[2]  # each (B, nh, T, hs)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         else:
             y = cache.attend(i, q, k, v)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        return x + self.down(F.relu(self.up(self.ln_2(x))).square())  # (B, T, C)
+        h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
+        return x + self.down(h * h)  # (B, T, C); CUDA autocast would square in float32
 
 
 def rotate(x, rotation):
-    """Rotary position embedding of the first 2r channels of x (B, nh, T, hs); the rest sees no
+    """Rotary position embedding of the first 2r channels of x (..., B, nh, T, hs); the rest sees no
     position, since most lookups are by what a token is, not by where it stands."""
     cos, sin = rotation  # each (B, 1, T, r)
     r = cos.size(-1)
     a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (B, nh, T, hs)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (..., B, nh, T, hs)
 
 
 # ----------------------------------------------------------------------------------------------
