@@ -453,8 +453,8 @@ def clutter(rng, env, most):
     In half of the episodes `<task>` marks where the window begins. In the others it comes before
     all questions, and the episode begins with a given state: the first question of the window is
     open, and up to `most` indices before it have a random name as answer. In half of the episodes
-    the window ends with a `.`, in the others the turns run out. So an agent cannot learn that the
-    question it takes up next is always the second, or always the last.
+    with questions after it, no `.` ends the window: the turns run out. So an agent cannot learn
+    that the question it takes up next is always the second, or always the last.
 
     >>> env = ComposedQA(1, seed=3)
     >>> clutter(np.random.default_rng(3657), env, MOST_CLUTTER)

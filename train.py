@@ -808,8 +808,8 @@ def main(argv=None):
     torch.set_num_threads(1)  # several threads fight over small matrices
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if cfg.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        if cfg.dtype == "bfloat16":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     if cfg.nproc > 1:
         backend = "nccl" if cfg.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))

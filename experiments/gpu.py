@@ -1,6 +1,6 @@
 """gpu.py: does a GPU compute what the CPU does? What a run on one rests on.
 
-    python experiments/gpu.py                         # all parts, about 9 minutes on an H100
+    python experiments/gpu.py                         # all parts
     python experiments/gpu.py smoke exact resume      # some
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 

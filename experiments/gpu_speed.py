@@ -1,6 +1,6 @@
 """gpu_speed.py: how fast a GPU samples and learns, and what it waits for.
 
-    python experiments/gpu_speed.py                         # about 5 minutes on an H100
+    python experiments/gpu_speed.py                         # all parts
     python experiments/gpu_speed.py --device cpu --quick    # at the smallest size: does it run?
 
     sizes      tokens a second of sampling and learning in bfloat16, for models of 0.5M, 25M and

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train all that the README compares, three seeds of each, two runs at a time. Interrupt it as you
 # like: started again, it says how many runs are left, and goes on where it stopped. (No clutter for
-# amnesic: it can not see the state that a cluttered episode begins with.)
+# amnesic: it cannot see the state that a cluttered episode begins with.)
 #
 #     bash experiments/sweep.sh runs
 #     python eval.py --table runs/*-seed-? --plot assets/scaling.png

@@ -180,7 +180,8 @@ def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_
     assert max(largest()) < 1e-12
     with mock.patch.object(mem1, "sample", lambda logits, uniform: sample(logits * 1.1, uniform)):
         assert min(largest()) > 1e-3
-    for part in gpu.ddp, gpu_speed.sizes, gpu_speed.decoding, gpu_speed.iteration:
+    assert float(gpu.ddp(args, tmp_path)["largest difference of a weight"]) < 1e-6
+    for part in gpu_speed.sizes, gpu_speed.decoding, gpu_speed.iteration:
         assert all(part(args, tmp_path).values())
 
 
