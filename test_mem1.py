@@ -500,7 +500,7 @@ ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, 
 
 
 def sgd(gpt):
-    return [torch.optim.SGD(gpt.parameters(), lr=0.3)]
+    return [torch.optim.SGD([weight], lr=0.3) for weight in gpt.parameters()]
 
 
 def descend(gpt, loss):
@@ -508,7 +508,7 @@ def descend(gpt, loss):
     gpt.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), ALL_ON.grad_clip)
-    sgd(gpt)[0].step()
+    torch.optim.SGD(gpt.parameters(), lr=0.3).step()
     return norm.item()
 
 
@@ -829,6 +829,7 @@ def test_the_table_of_the_readme_is_what_was_measured():
 MUTANTS = dict(entry.split(" | ", 1) for entry in re.split(r"\n(?=\S)", '''\
 the mask is added as 0 and 1 | model.Block.forward | v, mask,
     | v, mask if mask is None else mask.to(q), | rows_equal
+only the first optimizer steps | ppo.optimizer_step | in optimizers: | in optimizers[:1]: | imitation
 later tokens are seen | model.Block.forward | is_causal=mask is None | is_causal=False | sampler
 a token is predicted at its own row | mem1.predict | x[:, :-1] | x[:, 1:] | sampler
 positions go on after pruning | mem1.collate | pos[b, :n] =
