@@ -25,11 +25,12 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, an
 
 @dataclass
 class GPTConfig:
-    """The size of a model."""
+    """The size of a model, and the type of its products."""
     vocab_size: int
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 96
+    bfloat16: bool = False  # weights, softmax, logits and values stay float32 all the same
 
 
 class GPT(nn.Module):
@@ -39,7 +40,6 @@ class GPT(nn.Module):
         super().__init__()
         C = config.n_embd
         self.config = config
-        self.bfloat16_products = False  # weights, softmax, logits, values stay float32 all the same
         self.emb = nn.Embedding(config.vocab_size, C)
         self.ln_in = nn.LayerNorm(C, bias=False)
         self.ln_out = nn.LayerNorm(C, bias=False)
@@ -57,7 +57,7 @@ class GPT(nn.Module):
         cache  what each row looks back on, and where the new tokens go; see Cache.reserve()
         mask   without a cache: which token may attend to which (B, 1, T, T), bool; None: causal
         """
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16_products):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             rotation = self.rotation(pos, x.dtype)
             for i, block in enumerate(self.blocks):
@@ -156,7 +156,7 @@ class Cache:
         config = model.config
         like = model.emb.weight
         nh, C = config.n_head, config.n_embd
-        dtype = torch.bfloat16 if model.bfloat16_products else like.dtype
+        dtype = torch.bfloat16 if config.bfloat16 else like.dtype
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
         self.k = torch.zeros(shape).to(like.device, dtype)
         self.v = torch.zeros(shape).to(like.device, dtype)

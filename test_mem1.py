@@ -307,7 +307,7 @@ def test_no_tensor_is_made_on_another_device(monkeypatch):
 
 def test_in_low_precision_sampler_and_learner_still_agree_roughly():
     gpt = talkative().float()
-    gpt.bfloat16_products = True
+    gpt.config.bfloat16 = True
     trajs = play(gpt, keep_last, [4, 3, 5])
     found = learned(gpt, trajs)[:2]
     assert found.dtype == torch.float32 and 1e-5 < far(found, acted(trajs)) < 0.1
@@ -829,7 +829,7 @@ def test_the_table_of_the_readme_is_what_was_measured():
 MUTANTS = dict(entry.split(" | ", 1) for entry in re.split(r"\n(?=\S)", '''\
 the mask is added as 0 and 1 | model.Block.forward | v, mask,
     | v, mask if mask is None else mask.to(q), | rows_equal
-only the first optimizer steps | ppo.optimizer_step | in optimizers: | in optimizers[:1]: | imitation
+not all optimizers step | ppo.optimizer_step | in optimizers: | in optimizers[:1]: | imitation
 later tokens are seen | model.Block.forward | is_causal=mask is None | is_causal=False | sampler
 a token is predicted at its own row | mem1.predict | x[:, :-1] | x[:, 1:] | sampler
 positions go on after pruning | mem1.collate | pos[b, :n] =

@@ -167,8 +167,8 @@ def train_demos(run, agent):
     def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        for i in share(cfg.demos_batch):
-            trajs.append(demonstration(cfg, agent, step, i, longest, most_turns))
+        trajs += [demonstration(cfg, agent, step, i, longest, most_turns)
+                  for i in share(cfg.demos_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
@@ -185,7 +185,6 @@ def train_ppo(run, agent):
     use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@16`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
-    reference.bfloat16_products = stage.model.bfloat16_products
     policy = POLICIES[agent]
 
     def make(step):
@@ -193,9 +192,9 @@ def train_ppo(run, agent):
         n = cfg.objectives[1]
         return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
 
-    for step, environments in with_data(stage, make, cfg):
+    for step, tasks in with_data(stage, make, cfg):
         set_lr(stage, step, warmup=3)
-        row = ppo.update(stage.learner, stage.optimizers, reference, environments, policy, cfg, step)
+        row = ppo.update(stage.learner, stage.optimizers, reference, tasks, policy, cfg, step)
         if is_due(stage, step + 1, cfg):
             row.update(validate(stage.model, agent, cfg))
             keep(run, f"{agent}@{step + 1}", stage.model)
@@ -293,20 +292,10 @@ def farthest_needs(cfg, agent):
     return longest, max(env.max_turns for env in environments)
 
 
-class StepData(torch.utils.data.Dataset):
-    """make(step) by step, for a DataLoader."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __getitem__(self, step):
-        return self.make(step)
-
-
 def with_data(stage, make, cfg):
     """(step, make(step)) of each remaining step, made ahead by cfg.workers processes, if any."""
     loader = torch.utils.data.DataLoader(
-        StepData(make), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=list,
+        range(stage.steps), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=make,
         num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None)
     return zip(stage.steps_left, loader)
 
@@ -368,7 +357,6 @@ def table(models, cfg, chosen, episodes, tell):
     results = {}
     for name, (model, policy) in chosen.items():
         model = load_model(models[model], cfg.device)
-        model.bfloat16_products = cfg.dtype == "bfloat16"
         results[name] = {}
         for n in cfg.eval_objectives:
             r = results[name][str(n)] = measure(model, policy, cfg, n, episodes, Stream.TEST)
@@ -425,10 +413,10 @@ FRESH = dict(stage="", step=0, models={}, model=None, optimizers=None, seconds=0
 
 def begin_stage(run, kind, agent, base):
     """Set up a stage, from the weights called `base` or from a checkpoint taken within it."""
-    cfg, state, name = run.cfg, run.state, stage_name(kind, agent)
+    cfg, state = run.cfg, run.state
+    name = {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
     torch.manual_seed(cfg.seed)
     model = GPT(gpt_config(cfg)).to(cfg.device)
-    model.bfloat16_products = cfg.dtype == "bfloat16"
     if base:
         model.load_state_dict(state["models"][base]["weights"])
     optimizers = make_optimizers(model, kind, cfg)
@@ -458,12 +446,13 @@ def make_optimizers(model, kind, cfg):
     [11, 8]
     """
     lr, decay = getattr(cfg, f"{kind}_lr"), cfg.weight_decay
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
-    if kind != "demos":
-        return [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=decay)]
+    linears = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    matrices = [linear.weight for linear in linears if kind == "demos"]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=decay),
-            torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def is_due(stage, step, cfg):
@@ -502,7 +491,7 @@ def end_step(run, stage, step, row):
 def end_stage(run, stage):
     """Keep what came out of a stage."""
     keep(run, stage.name, stage.model)
-    run.state.update(stage="", step=0, model=None, optimizers=None)
+    run.state.update(stage="", model=None, optimizers=None)
     save(run)
 
 
@@ -514,13 +503,8 @@ def keep(run, name, model):
 
 
 def gpt_config(cfg):
-    """The size of the model that this run trains."""
-    return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd)
-
-
-def stage_name(kind, agent):
-    """The name of the model that a stage produces: `primer`, `mem1-demos`, `mem1`."""
-    return {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
+    """The size and type of the model that this run trains."""
+    return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 
 def log_line(row, steps, eta):
@@ -663,7 +647,7 @@ def prepare(cfg):
             assert f"{agent}-demos" in models, f"--start {cfg.start}: it has no {agent}-demos"
             saved = models[f"{agent}-demos"]
             same = saved["config"] == dataclasses.asdict(gpt_config(cfg))
-            assert same, f"--start {cfg.start}: its model or vocabulary differs"
+            assert same, f"--start {cfg.start}: its model, dtype or vocabulary differs"
             state["models"][f"{agent}-demos"] = saved
     run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
     if ppo.process()[0] == 0:

@@ -183,7 +183,6 @@ def flops(model, trajs):
 def bench_iteration(model, cfg, n):
     """Where the time of n iterations goes. The model writes what the demonstrator would."""
     reference = GPT(model.config).to(cfg.device)
-    reference.bfloat16_products = model.bfloat16_products
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     spent = collections.Counter()
 

@@ -87,7 +87,7 @@ def exact(args, folder):
             for kind in "float64", "float32", "tf32", "bfloat16":
                 torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
                 model = random_agent(size, args.device)
-                model.bfloat16_products = kind == "bfloat16"
+                model.config.bfloat16 = kind == "bfloat16"
                 if kind == "float64":
                     model.double()
                 worlds, _, rngs = metronomes(2 if args.quick else 8)

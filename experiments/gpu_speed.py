@@ -29,9 +29,7 @@ from model import GPT, Cache, GPTConfig
 
 def new_model(size, device, kind=GPT):
     layers, heads, channels = SIZES[size]
-    model = kind(GPTConfig(ENC.n_vocab, layers, heads, channels)).to(device)
-    model.bfloat16_products = True
-    return model
+    return kind(GPTConfig(ENC.n_vocab, layers, heads, channels, bfloat16=True)).to(device)
 
 
 def peaks(args):
@@ -116,9 +114,9 @@ def seconds_of_graph(step):
 
 def iteration(args, folder):
     preset = "debug" if args.quick else "gpu"
-    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device})
+    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device,
+                          "dtype": "bfloat16"})
     model = GPT(train.gpt_config(cfg)).to(args.device)
-    model.bfloat16_products = True
     found = bench.bench_iteration(model, cfg, 1 if args.quick else 3)
     seconds, python = found["iteration_s"], found["env_share"]
     return {f"{preset} preset": f"{seconds:.2f} s, {python:.0%} of it Python"}
