@@ -29,7 +29,7 @@ from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, re
                   rollout)
 
 
-def update(model, optimizers, reference, environments, policy, cfg, step):
+def update(model, optimizer, reference, environments, policy, cfg, step):
     """One PPO iteration on this process's `environments`. Returns what to log."""
     raw = getattr(model, "module", model)  # without its DDP wrapper
     device = raw.emb.weight.device
@@ -91,7 +91,7 @@ def update(model, optimizers, reference, environments, policy, cfg, step):
                 batch = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
                 n = token_count(batch, device)
                 work += [(reading_loss, rows, n) for rows in batch]
-            norm = optimizer_step(model, optimizers, work, cfg.grad_clip)
+            norm = optimizer_step(model, optimizer, work, cfg.grad_clip)
             learned += sum(rows.ids.numel() for _, rows, *_ in work)
 
     tokens, entropy, kl, clip = all_sum(sums).tolist()
@@ -108,7 +108,7 @@ def nll(model, rows):
     return -logp.sum() + 0.0 * value.sum()
 
 
-def optimizer_step(model, optimizers, work, grad_clip):
+def optimizer_step(model, optimizer, work, grad_clip):
     """One step on the sum of the losses of all processes. Returns the norm of the gradient.
 
     work: [(function, rows, ...), ...], one per micro-batch; function(rows, ...) is its loss. DDP
@@ -118,7 +118,7 @@ def optimizer_step(model, optimizers, work, grad_clip):
     """
     _, world_size = process()
     device = next(model.parameters()).device
-    model.zero_grad()
+    optimizer.zero_grad(set_to_none=True)
     for i, (loss, rows, *args) in enumerate(work):
         local = world_size > 1 and i < len(work) - 1
         with model.no_sync() if local else contextlib.nullcontext():
@@ -126,8 +126,7 @@ def optimizer_step(model, optimizers, work, grad_clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
         raise FloatingPointError("the loss or its gradient is not finite")
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     return norm
 
 

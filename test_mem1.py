@@ -500,7 +500,7 @@ ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, 
 
 
 def sgd(gpt):
-    return [torch.optim.SGD([weight], lr=0.3) for weight in gpt.parameters()]
+    return torch.optim.SGD(gpt.parameters(), lr=0.3)
 
 
 def descend(gpt, loss):
@@ -508,7 +508,7 @@ def descend(gpt, loss):
     gpt.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), ALL_ON.grad_clip)
-    torch.optim.SGD(gpt.parameters(), lr=0.3).step()
+    sgd(gpt).step()
     return norm.item()
 
 
@@ -600,7 +600,7 @@ def test_ppo_learns_to_carry_a_cue_in_the_state_unless_it_is_blanked(monkeypatch
     cfg, earned = train.Config(device="cpu", ppo_batch=128, kl_coef=0.0, exercises=0), []
     for step in range(20):
         cues = [Cue([step, i]) for i in range(128)]
-        earned.append(ppo.update(gpt, [adam], gpt, cues, POLICIES[name], cfg, step)["reward"])
+        earned.append(ppo.update(gpt, adam, gpt, cues, POLICIES[name], cfg, step)["reward"])
     assert max(earned) > 0.9 if learns else max(earned) < 0.7
 
 
@@ -615,9 +615,9 @@ def train_a_little(rank, world_size, folder):
     for step in range(2):
         trajs = [exercise(cfg, step, i, 4) for i in range(3)]
         trajs.append(demonstrate(ComposedQA(2), keep_last))
-        train.imitate(learner, [adam], make_rows(trajs[rank::world_size]), cfg)
+        train.imitate(learner, adam, make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
-        row = ppo.update(learner, [adam], talkative(1), mine, keep_last, cfg, step)
+        row = ppo.update(learner, adam, talkative(1), mine, keep_last, cfg, step)
     del row["learned"]  # tokens of this process, padding included
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
     if world_size > 1:
@@ -829,7 +829,6 @@ def test_the_table_of_the_readme_is_what_was_measured():
 MUTANTS = dict(entry.split(" | ", 1) for entry in re.split(r"\n(?=\S)", '''\
 the mask is added as 0 and 1 | model.Block.forward | v, mask,
     | v, mask if mask is None else mask.to(q), | rows_equal
-not all optimizers step | ppo.optimizer_step | in optimizers: | in optimizers[:1]: | imitation
 later tokens are seen | model.Block.forward | is_causal=mask is None | is_causal=False | sampler
 a token is predicted at its own row | mem1.predict | x[:, :-1] | x[:, 1:] | sampler
 positions go on after pruning | mem1.collate | pos[b, :n] =

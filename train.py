@@ -90,12 +90,12 @@ class Config:
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
     # demos
-    demos_steps: int = 900
+    demos_steps: int = 1300
     demos_batch: int = 32  # episodes per step
     demos_lr: float = 2e-3
     demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
-    ppo_steps: int = 48
+    ppo_steps: int = 60
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
@@ -112,7 +112,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 16  # ppo steps between validations at 2 and 16 objectives, and checkpoints
+    eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # per cell of the final table
     valid_episodes: int = 64  # a validation
@@ -127,7 +127,7 @@ PRESETS = {
         valid_episodes=4),
     "gpu": dict(
         out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8, names=1000,
-        primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=2500, demos_batch=512,
+        primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
         demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
         eval_every=50,
         eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024, valid_episodes=256),
@@ -148,13 +148,14 @@ def train_primer(run):
     cfg, stage = run.cfg, begin_stage(run, "primer", agent=None, base=None)
 
     def make(step):
-        longest = ramp(step, cfg.primer_steps, 2, cfg.primer_longest)
+        ramp = min(1.0, step / (0.6 * cfg.primer_steps))
+        longest = round(2 + ramp * (cfg.primer_longest - 2))
         trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
-        set_lr(stage, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizers, batch, cfg)
+        set_lr(stage, cfg.primer_lr, step, warmup=50)
+        row = imitate(stage.learner, stage.optimizer, batch, cfg)
         end_step(run, stage, step + 1, row)
     end_stage(run, stage)
 
@@ -172,8 +173,8 @@ def train_demos(run, agent):
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
-        set_lr(stage, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizers, batch, cfg)
+        set_lr(stage, cfg.demos_lr, step, warmup=50)
+        row = imitate(stage.learner, stage.optimizer, batch, cfg)
         if is_due(stage, step + 1, cfg):
             row.update(validate(stage.model, agent, cfg))
         end_step(run, stage, step + 1, row)
@@ -182,7 +183,7 @@ def train_demos(run, agent):
 
 def train_ppo(run, agent):
     """Reinforcement. The last weights are the result: choosing by validation at 16 objectives would
-    use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@16`."""
+    use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
     policy = POLICIES[agent]
@@ -193,8 +194,8 @@ def train_ppo(run, agent):
         return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
 
     for step, tasks in with_data(stage, make, cfg):
-        set_lr(stage, step, warmup=3)
-        row = ppo.update(stage.learner, stage.optimizers, reference, tasks, policy, cfg, step)
+        set_lr(stage, cfg.ppo_lr, step, warmup=3)
+        row = ppo.update(stage.learner, stage.optimizer, reference, tasks, policy, cfg, step)
         if is_due(stage, step + 1, cfg):
             row.update(validate(stage.model, agent, cfg))
             keep(run, f"{agent}@{step + 1}", stage.model)
@@ -202,7 +203,7 @@ def train_ppo(run, agent):
     end_stage(run, stage)
 
 
-def imitate(learner, optimizers, batch, cfg):
+def imitate(learner, optimizer, batch, cfg):
     """One step of maximum likelihood on the Rows of exercises and demonstrations. Returns what to
     log."""
     n = ppo.token_count(batch, cfg.device)
@@ -213,7 +214,7 @@ def imitate(learner, optimizers, batch, cfg):
         total.add_(nll.detach())
         return nll / n
 
-    norm = ppo.optimizer_step(learner, optimizers, [(loss, rows) for rows in batch], cfg.grad_clip)
+    norm = ppo.optimizer_step(learner, optimizer, [(loss, rows) for rows in batch], cfg.grad_clip)
     learned = sum(rows.ids.numel() for rows in batch)
     return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n), learned=learned)
 
@@ -230,21 +231,10 @@ def training_env(cfg, stream, step, i, n_objectives=None):
         n_objectives = int(keyed_rng(cfg.seed, stream, step, i, 1).integers(low, high + 1))
     env = envs.make_env(cfg, n_objectives, [cfg.seed, stream, step, i, 0])
     rng = keyed_rng(cfg.seed, stream, step, i, 4)
-    most = {Stream.PPO: envs.PPO_CLUTTER}.get(stream, 0)
-    if stream == Stream.DEMOS:
-        most = ramp(step, cfg.demos_steps, envs.PPO_CLUTTER, envs.MOST_CLUTTER)
+    most = {Stream.DEMOS: envs.MOST_CLUTTER, Stream.PPO: envs.PPO_CLUTTER}.get(stream)
     if most and rng.random() < cfg.clutter:
         envs.clutter(rng, env, most)
     return env
-
-
-def ramp(step, steps, first, last):
-    """From `first` to `last` over 60% of the steps: short rows, which cost less, come first.
-
-    >>> [ramp(step, 10, 4, 20) for step in (0, 3, 6, 9)]
-    [4, 12, 20, 20]
-    """
-    return round(first + min(1.0, step / (0.6 * steps)) * (last - first))
 
 
 def demonstration(cfg, agent, step, i, longest, most_turns):
@@ -265,7 +255,7 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     >>> trajs = [demonstration(Config(), "mem1", 0, i, 99, 20) for i in range(100)]
     >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
     >>> len([s for s in spare if s < 0]), len([s for s in spare if s > 0])
-    (57, 18)
+    (60, 16)
     """
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
     env = training_env(cfg, Stream.DEMOS, step, i)
@@ -403,11 +393,11 @@ class Stage:
     steps_left: object  # with a progress bar
     model: GPT
     learner: object  # the model, wrapped for DDP
-    optimizers: list
+    optimizer: object
     step_began: float = field(default_factory=time.perf_counter)
 
 
-FRESH = dict(stage="", step=0, models={}, model=None, optimizers=None, seconds=0.0,
+FRESH = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
              log_bytes=0)  # of metrics.jsonl
 
 
@@ -419,13 +409,13 @@ def begin_stage(run, kind, agent, base):
     model = GPT(gpt_config(cfg)).to(cfg.device)
     if base:
         model.load_state_dict(state["models"][base]["weights"])
-    optimizers = make_optimizers(model, kind, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8,
+                                  weight_decay=cfg.weight_decay)
     start = 0
     if state["stage"] == name:
         start = state["step"]
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
     if cfg.compile:
         model.compile(dynamic=True)
     learner = model
@@ -434,25 +424,7 @@ def begin_stage(run, kind, agent, base):
     steps = getattr(cfg, f"{kind}_steps")
     hide = True if ppo.process()[0] else None  # None: where there is no terminal
     bar = tqdm(range(start, steps), name, initial=start, total=steps, disable=hide, leave=False)
-    return Stage(kind, agent, name, steps, bar, model, learner, optimizers)
-
-
-def make_optimizers(model, kind, cfg):
-    """AdamW; in imitation Muon (at the same rate) for the matrices of the blocks, which learns in
-    900 steps what AdamW takes 1300 for. Not in the primer, where at high rates it learns little.
-
-    >>> made = make_optimizers(GPT(GPTConfig(vocab_size=9, n_layer=2)), "demos", Config())
-    >>> [len(optimizer.param_groups[0]["params"]) for optimizer in made]
-    [11, 8]
-    """
-    lr, decay = getattr(cfg, f"{kind}_lr"), cfg.weight_decay
-    linears = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
-    matrices = [linear.weight for linear in linears if kind == "demos"]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=decay)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return Stage(kind, agent, name, steps, bar, model, learner, optimizer)
 
 
 def is_due(stage, step, cfg):
@@ -481,7 +453,7 @@ def end_step(run, stage, step, row):
     stop = int(ppo.all_max(stop))  # all processes stop after the same step
     if stop or is_due(stage, step, cfg):
         run.state.update(stage=stage.name, step=step, model=stage.model.state_dict(),
-                         optimizers=[opt.state_dict() for opt in stage.optimizers])
+                         optimizer=stage.optimizer.state_dict())
         save(run)
     if stop:
         say(f"stopped after step {step}/{stage.steps} of {stage.name}; {how_to_go_on(cfg)}")
@@ -491,7 +463,7 @@ def end_step(run, stage, step, row):
 def end_stage(run, stage):
     """Keep what came out of a stage."""
     keep(run, stage.name, stage.model)
-    run.state.update(stage="", model=None, optimizers=None)
+    run.state.update(stage="", model=None, optimizer=None)
     save(run)
 
 
@@ -594,22 +566,21 @@ def read_config(out):
     return cfg
 
 
-def set_lr(stage, step, warmup):
+def set_lr(stage, lr, step, warmup):
     """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
 
-    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    >>> stage = Stage("ppo", "mem1", "mem1", 10, None, None, None, [optimizer])
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+    >>> stage = Stage("ppo", "mem1", "mem1", 10, None, None, None, optimizer)
     >>> for step in 0, 5, 8:
-    ...     set_lr(stage, step, warmup=2)
+    ...     set_lr(stage, 1.0, step, warmup=2)
     ...     print(optimizer.param_groups[0]["lr"])
     0.5
     1.0
     0.5
     """
     decay = max(0.05, (stage.steps - step) / (0.4 * stage.steps))
-    for optimizer in stage.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * min(1.0, (step + 1) / warmup, decay)
+    for group in stage.optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
 
 
 def say(line):
@@ -646,7 +617,7 @@ def prepare(cfg):
         for agent in cfg.agents:
             assert f"{agent}-demos" in models, f"--start {cfg.start}: it has no {agent}-demos"
             saved = models[f"{agent}-demos"]
-            same = saved["config"] == dataclasses.asdict(gpt_config(cfg))
+            same = GPTConfig(**saved["config"]) == gpt_config(cfg)
             assert same, f"--start {cfg.start}: its model, dtype or vocabulary differs"
             state["models"][f"{agent}-demos"] = saved
     run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))

@@ -211,7 +211,7 @@ def bench_iteration(model, cfg, n):
             if i == 1:  # the first was to warm up
                 spent.clear()
                 started = clock(cfg.device)
-            ppo.update(model, [optimizer], reference, make(), keep_last, cfg, 0)
+            ppo.update(model, optimizer, reference, make(), keep_last, cfg, 0)
         whole = clock(cfg.device) - started
 
     env = spent["act"] - spent["sample"] + spent["make"]

@@ -88,7 +88,7 @@ def against_trl(endless, shape, cfg, pairs):
 
     def ours():
         environments = [Metronome(1, T, T) for _ in range(E)]
-        row = ppo.update(endless, [optimizer], reference, environments, keep_last, one_step, 0)
+        row = ppo.update(endless, optimizer, reference, environments, keep_last, one_step, 0)
         assert row["tokens"] == E * T and row["gap"] < 1e-4
 
     weights = sum(p.numel() for p in endless.parameters())

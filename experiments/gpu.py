@@ -123,7 +123,7 @@ def ddp(args, folder):
         tasks = [train.training_env(cfg, Stream.PPO, 0, i, 2) for i in range(8)]
         adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
         reference = random_agent("0.5M", args.device)
-        ppo.update(learner, [adam], reference, tasks, POLICIES["mem1"], cfg, 0)
+        ppo.update(learner, adam, reference, tasks, POLICIES["mem1"], cfg, 0)
         after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     dist.destroy_process_group()
     return {"largest difference of a weight": f"{(after[0] - after[1]).abs().max():.1e}"}

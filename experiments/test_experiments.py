@@ -103,7 +103,7 @@ def test_a_turn_that_brings_facts_to_light_is_paid_at_its_own_last_token(monkeyp
     monkeypatch.setattr(ppo, "turn_rewards", lambda traj: rewards.turn_rewards("step", traj))
     monkeypatch.setattr(ppo, "rollout", lambda *args: trajs)
     model = GPT(GPTConfig(ENC.n_vocab, 1, 1, 8))
-    ppo.update(model, [torch.optim.AdamW(model.parameters())], model, [], keep_last, cfg, step=0)
+    ppo.update(model, torch.optim.AdamW(model.parameters()), model, [], keep_last, cfg, step=0)
     reward, turn_ends, *_ = given.call_args.args
     lengths = [len(turn.written) for traj in trajs for turn in traj.turns]
     assert turn_ends.nonzero()[:, 0].tolist() == (np.cumsum(lengths) - 1).tolist()
@@ -189,7 +189,7 @@ def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".git"))
     code = (other / "train.py").read_text()
-    loop = "        row = imitate(stage.learner, stage.optimizers, batch, cfg)\n        if is_due"
+    loop = "        row = imitate(stage.learner, stage.optimizer, batch, cfg)\n        if is_due"
     assert code.count(loop) == 1, "train_demos has changed"
     (other / "train.py").write_text(code.replace(loop, "        time.sleep(1)\n" + loop))
     bench_stages.main([str(other), "--quick", "--pairs", "1"])
