@@ -25,12 +25,12 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, an
 
 @dataclass
 class GPTConfig:
-    """The size of a model, and the type of its products."""
+    """What a model is made of."""
     vocab_size: int
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 96
-    bfloat16: bool = False  # weights, softmax, logits and values stay float32 all the same
+    bfloat16: bool = False  # matrix products; weights, softmax, logits, values stay float32
 
 
 class GPT(nn.Module):

@@ -193,9 +193,9 @@ def train_ppo(run, agent):
         n = cfg.objectives[1]
         return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
 
-    for step, tasks in with_data(stage, make, cfg):
+    for step, environments in with_data(stage, make, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
-        row = ppo.update(stage.learner, stage.optimizer, reference, tasks, policy, cfg, step)
+        row = ppo.update(stage.learner, stage.optimizer, reference, environments, policy, cfg, step)
         if is_due(stage, step + 1, cfg):
             row.update(validate(stage.model, agent, cfg))
             keep(run, f"{agent}@{step + 1}", stage.model)
@@ -283,7 +283,10 @@ def farthest_needs(cfg, agent):
 
 
 def with_data(stage, make, cfg):
-    """(step, make(step)) of each remaining step, made ahead by cfg.workers processes, if any."""
+    """(step, make(step)) of each remaining step, made ahead by cfg.workers processes, if any.
+
+    The data set is the steps themselves; collate_fn, which torch calls in the worker, is make.
+    """
     loader = torch.utils.data.DataLoader(
         range(stage.steps), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=make,
         num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None)
@@ -409,7 +412,7 @@ def begin_stage(run, kind, agent, base):
     model = GPT(gpt_config(cfg)).to(cfg.device)
     if base:
         model.load_state_dict(state["models"][base]["weights"])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8,
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95),
                                   weight_decay=cfg.weight_decay)
     start = 0
     if state["stage"] == name:
@@ -463,7 +466,7 @@ def end_step(run, stage, step, row):
 def end_stage(run, stage):
     """Keep what came out of a stage."""
     keep(run, stage.name, stage.model)
-    run.state.update(stage="", model=None, optimizer=None)
+    run.state.update(stage="", step=0, model=None, optimizer=None)
     save(run)
 
 
@@ -475,7 +478,11 @@ def keep(run, name, model):
 
 
 def gpt_config(cfg):
-    """The size and type of the model that this run trains."""
+    """What the model that this run trains is made of.
+
+    >>> [gpt_config(Config(dtype=dtype)).bfloat16 for dtype in ("float32", "bfloat16")]
+    [False, True]
+    """
     return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 

@@ -114,8 +114,7 @@ def seconds_of_graph(step):
 
 def iteration(args, folder):
     preset = "debug" if args.quick else "gpu"
-    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device,
-                          "dtype": "bfloat16"})
+    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device, "dtype": "bfloat16"})
     model = GPT(train.gpt_config(cfg)).to(args.device)
     found = bench.bench_iteration(model, cfg, 1 if args.quick else 3)
     seconds, python = found["iteration_s"], found["env_share"]
