@@ -47,16 +47,15 @@ class Stream(IntEnum):
 def keyed_rng(seed, stream, step, episode, what=0):
     """The generator of one thing: what it draws depends on its key and on nothing else.
 
-    So a resumed run repeats an uninterrupted one, and any number of processes plays the same
-    episodes. `what` tells several draws of one episode apart: 0 the task, 1 the number of
-    objectives, 2 the agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the
-    clutter around the task.
+    `what` tells several draws of one episode apart: 0 the task, 1 the number of objectives, 2 the
+    agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the clutter around the
+    task.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
 
 # ----------------------------------------------------------------------------------------------
-# Words. Each is one token for the agent (mem1.py). Names are invented.
+# Words. Those of WORDS are one token each for the agent (mem1.py). Names are invented.
 
 RELATIONS = """heir rival mentor ally spouse pupil guard cousin deputy doctor tenant
                neighbour""".split()
@@ -295,7 +294,7 @@ class SearchIndex:
 
 def world_module(name):
     """Another world: a module of experiments/ with make_env(), extra_words() and LONGEST."""
-    return importlib.import_module(f"experiments.{name}")  # all that is known here of experiments/
+    return importlib.import_module(f"experiments.{name}")
 
 
 def make_env(cfg, n_objectives, seed):
@@ -364,10 +363,10 @@ def answers_shown(paths, query, info):
 
 
 def demonstrator(prompt, seen="", fresh=False):
-    """The faithful expert: what to write, (state, kind, text), given the prompt and `seen`.
+    """The faithful demonstrator: what to write, (state, kind, text), given the prompt and `seen`.
 
-    `seen` is the context kept from earlier turns, as text. Like the agent, the expert has no memory
-    of its own. Its state first says what was found, then updates a list: the answers so far, what
+    `seen` is the context kept from earlier turns, as text. Like the agent, it has no memory of its
+    own. Its state first says what was found, then updates a list: the answers so far, what
     is still open of the question at hand, and the index of the next question (or `.`). So nothing
     has to be counted, only looked up and copied. With nothing left to ask, or no turn left to ask
     in, the list becomes the answer, and `.` takes its place in the state:

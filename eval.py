@@ -250,7 +250,7 @@ def parse_arguments(argv):
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="directory of a run, such as runs/cpu")
-    parser.add_argument("--policies", nargs="+", help="such as mem1 full-demos; default: all")
+    parser.add_argument("--agents", nargs="+", help="such as mem1 full-demos; default: all")
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
@@ -267,8 +267,11 @@ def parse_arguments(argv):
 
     parser.error = refuse
     args = parser.parse_args(argv)
-    if min(args.episodes or 1, args.show or 1) < 1:
-        refuse("--episodes, --show: expected at least 1")
+    for number in args.episodes, args.show:
+        if number is not None and number < 1:
+            refuse("--episodes, --show: expected at least 1")
+    if args.json and (args.show or args.memory):
+        refuse("--json prints a table; drop --show, --memory")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch finds no GPU here")
     if not args.run and not args.table:
@@ -316,11 +319,11 @@ def evaluate_run(args):
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     for n in cfg.eval_objectives:
         assert 1 <= n <= longest, f"--objectives {n}: expected 1 to {longest}"
-    chosen = methods(models, snapshots=bool(args.policies))
-    if args.policies:
-        unknown = set(args.policies) - set(chosen)
-        assert not unknown, f"--policies {' '.join(unknown)}: the run has {', '.join(chosen)}"
-        chosen = {name: chosen[name] for name in args.policies}
+    chosen = methods(models, snapshots=bool(args.agents))
+    if args.agents:
+        unknown = set(args.agents) - set(chosen)
+        assert not unknown, f"--agents {' '.join(unknown)}: the run has {', '.join(chosen)}"
+        chosen = {name: chosen[name] for name in args.agents}
     if not (args.show or args.memory):
         episodes = args.episodes or cfg.eval_episodes
         results = table(models, cfg, chosen, episodes, silent if args.json else print)
@@ -332,8 +335,8 @@ def evaluate_run(args):
     which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
     assert env.paths or not args.memory, "--memory: in this world a state holds no list of answers"
-    for name, (model, policy) in chosen.items():
-        trajs = play(load_model(models[model], cfg.device), policy, cfg, n, which, Stream.TEST)
+    for name, (source, policy) in chosen.items():
+        trajs = play(load_model(models[source], cfg.device), policy, cfg, n, which, Stream.TEST)
         print(f"--- {name}, {n} objectives, {len(which)} episodes")
         if args.memory:
             print(memory_table(memory(trajs, policy)))

@@ -44,7 +44,7 @@ from envs import Stream, keyed_rng
 from model import Cache
 
 # ----------------------------------------------------------------------------------------------
-# Tokens. Tags are special tokens; every word of the world is one token; other text is bytes.
+# Tokens. Tags are special tokens; every word of envs.WORDS is one; other text is bytes.
 
 TAGS = ["<task>", "<IS>", "<query>", "<answer>", "<info>", "<end>"]
 
@@ -143,13 +143,12 @@ class Branch:
 class Trajectory:
     """An episode: the prompt, the branches that grow from it, and its environment."""
     env: object
-    prompt: list  # <task> ...
+    prompt: list  # what every turn sees: see prompt_ids()
     branches: list = field(default_factory=list)
     turns: list = field(default_factory=list)
     positions: object = None  # increasing, in demonstrations (train.py); None: 0, 1, 2...
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
     spans: list = field(default_factory=list)  # (seen, wrote) per turn: tokens, prompt not counted
-    valid: int = 0  # well-formed turns
     seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
     kv_bytes: int = 0  # key-value memory allocated for it
 
@@ -174,8 +173,6 @@ class Trajectory:
         observation = self.env.step(kind, text)
         info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
         self.turns.append(Turn([IS, *state], action, info))
-        if kind != "malformed":
-            self.valid += 1
 
     @property
     def reward(self):
@@ -189,8 +186,8 @@ class Trajectory:
 
     @property
     def dependency(self):
-        """Tokens that all written tokens looked back on (MEM1 app. A.4): over the turns, the sum
-        of seen + i + 1/2 for i in 0..wrote-1."""
+        """The tokens in context before each written token, summed (MEM1 app. A.4): over the turns,
+        the sum of seen + i + 1/2 for i in 0..wrote-1."""
         return sum((seen + wrote / 2) * wrote for seen, wrote in self.spans)
 
     @property
@@ -319,13 +316,13 @@ def keep_all(turns):
     return [token for turn in turns for token in turn.state + turn.action + turn.info]
 
 
-def keep_window(turns, k=3):
-    """The last k turns: a truncated history."""
-    return keep_all(turns[-k:])
+def keep_window(turns):
+    """The last three turns: a truncated history."""
+    return keep_all(turns[-3:])
 
 
-def keep_similar(turns, k=2):
-    """The last turn and the k earlier ones that share most words with its query; ties go to the
+def keep_similar(turns):
+    """The last turn and the two earlier ones that share most words with its query; ties go to the
     later. An external memory with retrieval (after A-MEM, arXiv 2502.12110; MEM1 app. A.4)."""
     *earlier, last = turns
 
@@ -333,7 +330,7 @@ def keep_similar(turns, k=2):
         turn = earlier[t]
         return len(set(last.action) & set(turn.state + turn.action + turn.info)), t
 
-    nearest = sorted(range(len(earlier)), key=overlap)[-k:]
+    nearest = sorted(range(len(earlier)), key=overlap)[-2:]
     return keep_all([earlier[t] for t in sorted(nearest)] + [last])
 
 
@@ -448,7 +445,7 @@ def play_out(model, trajs, policy, rngs):
         pending = [trajs[e].branches[-1].ids[start:] for e, start in zip(live, starts)]
         hidden = feed(model, cache, pending)  # (B, C)
 
-        # 2. Every episode writes a turn. It draws equally many numbers whatever its neighbours do.
+        # 2. Every episode writes a turn, and draws as many numbers as its own cap, used or not.
         caps = [turn_cap(trajs[e].env) for e in live]
         uniform = None
         if rngs is not None:
@@ -564,7 +561,7 @@ def make_rows(trajs, budget=8192, which=None):
 
     which: only these trajectories; `index` still counts the trained tokens of all. Every trained
     token is in exactly one of the Rows. With nothing to train there is one row without loss, so
-    that a process without work still takes part in the backward pass of the others.
+    that a process with no work still joins the all-reduce of DDP.
     """
     lines, offset = [], 0
     for i, traj in enumerate(trajs):
@@ -688,9 +685,5 @@ def stitched(traj, released=False):
     return replace(traj, branches=[branch])
 
 
-def exact(traj):
-    """The tree itself: what was sampled, unchanged."""
-    return traj
-
-
-LAYOUTS = {"tree": exact, "stitched": stitched, "released": partial(stitched, released=True)}
+LAYOUTS = {"tree": lambda traj: traj,  # what was sampled, unchanged
+           "stitched": stitched, "released": partial(stitched, released=True)}

@@ -80,7 +80,7 @@ class GPT(nn.Module):
         """cos and sin of the rotary angles, each (B, 1, T, r); r: a third of a head's channels."""
         hs = self.config.n_embd // self.config.n_head
         r = hs // 3
-        exponent = torch.arange(r, device=pos.device, dtype=dtype) / max(1, r)
+        exponent = torch.arange(r, device=pos.device, dtype=dtype) / r
         angle = (pos[..., None] * 10000.0**-exponent)[:, None]  # (B, 1, T, r)
         return angle.cos(), angle.sin()
 
@@ -101,9 +101,9 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * C, C, bias=False)
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-        # A head start for lookup (after arXiv 2305.09828): queries match similar keys, a key is
-        # half the token before it, and what is read is passed on unchanged. Finding what followed
-        # this same word earlier is then nearly learned.
+        # A head start for lookup (after arXiv 2305.09828): queries match similar keys; q, k and v
+        # are made of a token and half of the one before it; what is read is passed on unchanged.
+        # Finding what followed this same word earlier is then nearly learned.
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
         self.taps.data[-2] += 0.5
@@ -125,7 +125,7 @@ class Block(nn.Module):
             y = cache.attend(i, q, k, v)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
-        return x + self.down(h * h)  # (B, T, C); CUDA autocast would square in float32
+        return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
 
 
 def rotate(x, rotation):
@@ -172,12 +172,12 @@ class Cache:
         self.prompt_n = self.n.clone()  # (B,)
         self.prompt_tail = self.tail.clone()  # (nl, B, 3, C)
 
-    def rollback(self, rows):
-        """Forget all but the prompt in the rows where `rows` (B,) is True."""
+    def rollback(self, pruned):
+        """Forget all but the prompt in the rows where `pruned` (B,) is True."""
         B = self.B
-        self.n[:B] = torch.where(rows, self.prompt_n[:B], self.n[:B])  # (B,)
-        rows = rows[:, None, None]
-        self.tail[:, :B] = torch.where(rows, self.prompt_tail[:, :B], self.tail[:, :B])
+        self.n[:B] = torch.where(pruned, self.prompt_n[:B], self.n[:B])  # (B,)
+        pruned = pruned[:, None, None]
+        self.tail[:, :B] = torch.where(pruned, self.prompt_tail[:, :B], self.tail[:, :B])
 
     def compact(self, stay):
         """Continue with only the rows where `stay` (B,) is True, moved to the front.
@@ -219,8 +219,8 @@ class Cache:
             self.v = F.pad(self.v[:, : self.rows], (0, 0, 0, room - have))
             self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
         slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T)
-        hidden = torch.arange(self.L, device=device) > slots[..., None]  # (B, T, L)
-        self.bias = hidden[:, None] * -1e9  # (B, 1, T, L), added to the scores
+        unseen = torch.arange(self.L, device=device) > slots[..., None]  # (B, T, L)
+        self.bias = unseen[:, None] * -1e9  # (B, 1, T, L), added to the scores
         self.at = torch.arange(B, device=device)[:, None], slots  # where the new tokens go
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)

@@ -1,11 +1,10 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-Begin with update(): one iteration, from the rollout to the optimizer steps. The mask matters in two
-places. Rows.loss_mask (mem1.py) says which tokens of a padded row the agent chose; predict()
-returns only those. And everything about them is kept flat, one episode after another, in the
-order in which they were sampled: after a sampled token comes the next sampled one, even if that is
-a turn later, so credit flows through the whole episode, across all that was read in between
-(MEM1 sec. 3.3, app. A.5).
+Begin with update(): one iteration, from the rollout to the optimizer steps. Rows.loss_mask
+(mem1.py) says which tokens of a padded row the agent chose, and predict() returns only those.
+Everything about them is kept flat, one episode after another, in the order in which they were
+sampled: after a sampled token comes the next sampled one, even if that is a turn later, so credit
+flows through the whole episode, across all that was read in between (MEM1 sec. 3.3, app. A.5).
 
     M trained tokens;  logp, old_logp, ref_logp, value, adv, ret, last: all (M,)
 
@@ -69,7 +68,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         nonlocal gap
         i = rows.index
         logp, value, entropy = predict(model, rows)  # each (m,): loss_mask is applied in there
-        if first:  # before any update: the learner must agree with the sampler
+        if first:  # nothing has been updated yet: the learner must agree with the sampler
             gap = torch.cat([(logp.detach() - sampled_logp[i]).abs(), gap[None]]).max()
         with torch.no_grad():
             kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)

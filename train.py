@@ -13,8 +13,8 @@ cannot, hence the first stage:
     demos    imitation, on one and two objectives: the format, and how to search. The notes that
              mem1 imitates have no aim (envs.aimless)
     ppo      reward, on two objectives: that answers are worth noting down
-The agent `mem1` prunes its context, the agent `full` keeps everything; only the context policy
-differs.
+The agent `mem1` prunes its context, the agent `full` keeps everything. Besides, `full` imitates
+faithful notes, which serve it better, and lists only new answers, since old ones stay in view.
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
@@ -60,15 +60,15 @@ from ppo import share
 class Config:
     """All settings of a run; each field is a flag of the command line."""
     # run
-    preset: str = "cpu"  # sets several of the fields below at once
+    preset: str = "cpu"  # several of the fields below at once; default on a GPU: gpu
     out: str = "runs/cpu"  # the run's directory; runs/PRESET unless given
     resume: bool = False  # continue from the checkpoint in --out
     start: str = ""  # a run to take the imitated agents from; only PPO is then run
-    seed: int = 0  # of everything
+    seed: int = 0  # of training; test episodes are the same for every seed
     device: str = "auto"  # auto: cuda where there is one
     nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
-    workers: int = 0  # processes per process that make data ahead
+    workers: int = 0  # data-loading processes per training process
     play_batch: int = 64  # episodes played side by side
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
@@ -102,7 +102,7 @@ class Config:
     ppo_lr: float = 4e-4
     primer_coef: float = 0.3  # weight of the reading exercises beside each minibatch
     clip: float = 0.2  # of the ratio
-    kl_coef: float = 0.01  # price of leaving the imitated policy, nats per token
+    kl_coef: float = 0.01  # reward lost per nat of KL from the imitated policy
     gamma: float = 1.0
     lam: float = 1.0
     layout: str = "tree"  # of mem1's trajectories in PPO; all but tree are inexact (mem1.py)
@@ -112,7 +112,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations at 2 and 16 objectives, and checkpoints
+    eval_every: int = 20  # ppo steps between validations and checkpoints; x25 in other stages
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # per cell of the final table
     valid_episodes: int = 64  # a validation
@@ -241,7 +241,7 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     """One episode of the demonstrator. In some its turn budget is too small, to show what to do
     when the turns run out. In others it is more than enough, so that the agent has seen every
     number of turns left that it may be told on a long horizon. The agents that mem1 is compared
-    with get the better teacher, whose notes are faithful:
+    with get better demonstrations, with faithful notes:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
@@ -308,9 +308,10 @@ def measures(traj, policy):
     """What is measured of one episode; eval.py explains each."""
     turns, env = traj.turns, traj.env
     right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
+    malformed = int(env.cause == "malformed")  # it ends the episode
     return dict(
         em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        valid=traj.valid / len(turns), right=float(np.mean(right)), time=traj.seconds,
+        valid=(len(turns) - malformed) / len(turns), right=float(np.mean(right)), time=traj.seconds,
         kv_bytes=traj.kv_bytes,
         tokens=len(traj.prompt) + sum(len(branch.ids) for branch in traj.branches))
 
@@ -331,8 +332,8 @@ def validate(model, agent, cfg):
 
 
 def methods(models, snapshots=False):
-    """{method: (model, policy)} of a run: what it trained, on request with its snapshots, and
-    `truncate`, which runs the weights of full context with MEM1's context."""
+    """{method: (name of its weights, policy)} of a run: what it trained, on request with its
+    snapshots, and `truncate`, which runs the weights of full context with MEM1's context."""
     found = {}
     for name in models:
         agent, way, _ = re.split("(-demos|@|$)", name, maxsplit=1)
@@ -348,8 +349,8 @@ def table(models, cfg, chosen, episodes, tell):
     tell(f"{'method':13s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
         f"{'valid':>6s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
     results = {}
-    for name, (model, policy) in chosen.items():
-        model = load_model(models[model], cfg.device)
+    for name, (source, policy) in chosen.items():
+        model = load_model(models[source], cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
             r = results[name][str(n)] = measure(model, policy, cfg, n, episodes, Stream.TEST)
@@ -381,7 +382,7 @@ class Run:
     cfg: Config
     out: Path
     state: dict  # what a checkpoint holds
-    started: float  # when it began, as if it had never been interrupted
+    started: float  # perf_counter() when it began, less the time that it was interrupted
     peak_flops: float  # peak floating point operations per second of this process
     signals: list = field(default_factory=list)  # SIGINT and SIGTERM that came in
 
@@ -452,15 +453,15 @@ def end_step(run, stage, step, row):
     if stage.kind == "ppo" or step % 50 == 0 or step == stage.steps:
         say(log_line(row, stage.steps, took * (stage.steps - step) / 60))
 
-    stop = torch.tensor(max(run.signals, default=0), device=cfg.device)
-    stop = int(ppo.all_max(stop))  # all processes stop after the same step
-    if stop or is_due(stage, step, cfg):
+    number = torch.tensor(max(run.signals, default=0), device=cfg.device)
+    number = int(ppo.all_max(number))  # all processes stop after the same step
+    if number or is_due(stage, step, cfg):
         run.state.update(stage=stage.name, step=step, model=stage.model.state_dict(),
                          optimizer=stage.optimizer.state_dict())
         save(run)
-    if stop:
+    if number:
         say(f"stopped after step {step}/{stage.steps} of {stage.name}; {how_to_go_on(cfg)}")
-        sys.exit(128 + stop)
+        sys.exit(128 + number)
 
 
 def end_stage(run, stage):
@@ -563,7 +564,7 @@ def load_model(saved, device="cpu"):
 
 
 def read_config(out):
-    """The Config that a run began with. ValueError in one line."""
+    """The Config of a run, as last started or resumed. ValueError in one line."""
     path = Path(out) / "config.json"
     try:
         cfg = Config(**json.loads(path.read_text())["config"])
@@ -598,7 +599,7 @@ def say(line):
 
 def how_to_go_on(cfg):
     """The end of a message about a run that stopped."""
-    return f"to go on: python train.py --out {cfg.out} --resume"
+    return f"to continue: python train.py --out {cfg.out} --resume"
 
 
 def provenance():
@@ -806,7 +807,7 @@ def main(argv=None):
     try:
         train(cfg)
     except FloatingPointError as error:
-        stop(f"{error}; begin anew with a lower learning rate")
+        stop(f"{error}; start again with a lower learning rate")
     except (AssertionError, ValueError, OSError) as error:
         stop(f"{error}; nothing written before is lost; {how_to_go_on(cfg)}")
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """failures.py: why the agents of a run lose objectives, by the first mistake of each episode.
 
     python experiments/failures.py runs/cpu --objectives 16
-    python experiments/failures.py runs/cpu --objectives 16 --policies mem1 full --episodes 256
+    python experiments/failures.py runs/cpu --objectives 16 --agents mem1 full --episodes 256
 
 A mistake is the first turn that is not what the faithful demonstrator would have written, given
 what the agent saw.
@@ -90,15 +90,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="directory of a run, such as runs/cpu")
-    parser.add_argument("--policies", nargs="+", default=["mem1"])
+    parser.add_argument("--agents", nargs="+", default=["mem1"])
     parser.add_argument("--objectives", type=int, default=16)
     parser.add_argument("--episodes", type=int, default=64)
     args = parser.parse_args(argv)
     try:
         cfg, models = load_run(args.run)
         chosen = methods(models, snapshots=True)
-        for name in args.policies:
-            assert name in chosen, f"--policies {name}: the run has {', '.join(chosen)}"
+        for name in args.agents:
+            assert name in chosen, f"--agents {name}: the run has {', '.join(chosen)}"
             model, policy = chosen[name]
             model = load_model(models[model])
             which = range(args.episodes)

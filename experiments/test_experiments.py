@@ -155,7 +155,7 @@ def test_lost_objectives_are_told_by_the_first_mistake(run, capsys):
     (cause,) = failures.failures([traj], keep_last)
     assert cause.endswith("an entry")
     with pytest.raises(SystemExit, match="the run has"):
-        failures.main([str(run), "--policies", "nobody"])
+        failures.main([str(run), "--agents", "nobody"])
 
 
 def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
