@@ -23,7 +23,6 @@ import argparse
 import difflib
 import json
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np

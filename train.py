@@ -727,7 +727,7 @@ def configure(given):
         load_checkpoint(cfg.out)
     else:
         assert not (Path(cfg.out) / "checkpoint.pt").exists(), (
-            f"--out {cfg.out} holds a run already: add --resume to go on with it, or give another")
+            f"--out {cfg.out} holds a run already: add --resume to continue it, or choose another")
         if cfg.start:
             load_run(cfg.start)
     if cfg.facts:

@@ -31,7 +31,6 @@ import math
 import os
 import re
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

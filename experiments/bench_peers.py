@@ -70,8 +70,7 @@ def against_transformers(endless, shape, episodes, pairs):
         return by_turns(*metronomes(episodes), generate)
 
     for trajs in ours(), their():
-        wrote = sum(len(turn.written) for traj in trajs for turn in traj.turns)
-        assert wrote == episodes * TURNS * WRITTEN
+        assert sum(traj.n_trained for traj in trajs) == episodes * TURNS * WRITTEN
     text = (f"{episodes} episodes of {TURNS} turns; transformers {transformers.__version__}, "
             f"{theirs} weights against {weights}")
     ratio, _ = compare("rollout_vs_hf", their, ours, pairs, text, device)

@@ -4,10 +4,10 @@
     python experiments/bench_stages.py ../other --start runs/cpu --flags --agents full
     python experiments/bench_stages.py ../other --quick       # smallest sizes: does it run?
 
-The two take turns, each time with `train.py` and its default settings for a few steps, so that what
-else the machine does meets both alike. Of a run the median step counts, of each pair the ratio. PPO
-is slow while an agent writes nonsense: with `--start`, the directory of a run that both checkouts
-can load, it begins with the imitated agent of that run.
+The two take turns, each time with `train.py` and its default settings for a few steps, so that
+other load affects both alike. A run counts by its median step, a pair by its ratio. PPO is slow
+while an agent writes nonsense: with `--start`, the directory of a run that both checkouts can load,
+it begins with the imitated agent of that run.
 """
 import argparse
 import itertools

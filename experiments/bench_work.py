@@ -16,7 +16,8 @@ import torch
 import envs
 import mem1
 from envs import Stream
-from mem1 import END, ENC, TASK, Trajectory, demonstrate, keep_last, rollout, sample, turn_cap
+from mem1 import (END, ENC, Trajectory, demonstrate, keep_last, prompt_ids, rollout, sample,
+                  turn_cap)
 from model import GPT
 
 GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metronome; its turns
@@ -24,7 +25,7 @@ GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metr
 
 class Metronome:
     """An environment that takes any text, and answers with 24 tokens: nothing is left to chance."""
-    em, f1, cause = 0, 0.0, None
+    em = 0
 
     def __init__(self, turns=TURNS, written=WRITTEN, prompt=64):
         self.left = turns
@@ -51,7 +52,7 @@ class Endless(GPT):
 
 
 def metronomes(episodes, *size):
-    """What rollout() needs for so many episodes of a Metronome."""
+    """The arguments of rollout() for that many Metronome episodes."""
     rngs = [np.random.default_rng(i) for i in range(episodes)]
     return [Metronome(*size) for _ in range(episodes)], keep_last, rngs
 
@@ -59,7 +60,7 @@ def metronomes(episodes, *size):
 def by_turns(environments, policy, rngs, write_turn):
     """Episodes of equal length, of which write_turn(contexts (B, L), uniform (B, n)) -> ids (B, n)
     writes the turns. Nothing is kept from one turn to the next."""
-    trajs = [Trajectory(env, [TASK, *ENC.encode_ordinary(env.prompt)]) for env in environments]
+    trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
     while not trajs[0].env.done:
         contexts, draws = [], []
         for traj, rng in zip(trajs, rngs):
@@ -115,8 +116,8 @@ def act_out(model, cfg, n, episodes, policy):
 
 
 def clock(device="cpu"):
-    """Seconds: CPU time of this process, since others may run beside it; on a GPU wall time, when
-    all that was asked of it is done."""
+    """Seconds: CPU time of this process, since others may run beside it; on a GPU, wall time once
+    all queued work is done."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -130,7 +131,7 @@ def seconds_of(work, device="cpu"):
 
 
 def least_seconds(work, device="cpu", times=5):
-    """Of several times; on a GPU after one to warm up."""
+    """The least of several timings; on a GPU, after a warm-up."""
     if device == "cuda":
         work()
     return min(seconds_of(work, device) for _ in range(times))

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 # Settings that say where a run runs and how it is tested, not how its agent is trained.
-ELSEWHERE = ("preset out resume start seed device nproc agents "
-             "eval_objectives eval_episodes").split()
+ELSEWHERE = ("preset out resume start seed device nproc agents workers play_batch compile "
+             "eval_every valid_episodes eval_objectives eval_episodes").split()
 
 
 def read_settings(path):
     """{name: text} of the settings of a run that can set it apart."""
     config = json.loads((path / "config.json").read_text())["config"]
-    config["facts"] = Path(config["facts"]).name  # each run has a copy of its own
+    config["facts"] = Path(config["facts"]).name  # wherever it lies
     config.setdefault("reward", "em")
     if (path / "reward.json").is_file():  # of rewards.py
         config.update(json.loads((path / "reward.json").read_text()))

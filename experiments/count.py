@@ -4,8 +4,6 @@
 """
 import re
 
-import numpy as np
-
 from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, demonstrator, invent,
                   read_answers, words)
 

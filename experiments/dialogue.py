@@ -14,7 +14,7 @@ from envs import (INDICES, LIST, STOP, WORD, ComposedQA, asked, entries, questio
 
 LONGEST = len(INDICES)  # objectives
 SAID = rf"user (#\d+) (?:-|:+ (#?{WORD})((?: (?!user ){WORD})+))"  # see said()
-ENTRY = rf"(#\d+) (?!user )({WORD})"  # of a list of answers, which such a saying may follow
+ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a list of answers; SAID may follow it
 
 
 class Dialogue(ComposedQA):
@@ -32,8 +32,8 @@ class Dialogue(ComposedQA):
     {2: ' user #63 -', 1: ' user #65 : seji ally'}
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None):
-        max_turns = max_turns or (hops[1] + 1) * n_objectives + 2
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
+        max_turns = (hops[1] + 1) * n_objectives + 2
         super().__init__(n_objectives, hops, seed, max_turns, ("chain",))
         self.width = 2 + hops[1]  # a state holds what was said: `user`, a name, relations
         rng = np.random.default_rng([*np.ravel(seed), 1])

@@ -40,7 +40,7 @@ def name_of(text):
 def read_facts(path):
     """The facts of a file, as a KnowledgeBase. A bad line is a ValueError with its number.
 
-    A name is spelled as where it stands first, since search and scores ignore case. A fact that
+    A name is spelled as at its first occurrence, since search and scores ignore case. A fact that
     stands there twice counts once. What has several objects can be found, but is not asked for.
     """
     if not Path(path).is_file():
@@ -54,7 +54,7 @@ def read_facts(path):
         names = read_line(line, str(path).endswith(".jsonl"))
         if names is None:
             raise ValueError(f"{path}: line {number} is {line[:60]!r}, expected subject, relation "
-                             "and object, in UTF-8; mend it")
+                             "and object, in UTF-8; fix it")
         triples[tuple(spelled.setdefault(name.casefold(), name) for name in names)] = True
     facts = KnowledgeBase(list(triples))
     if not facts.known:
@@ -93,7 +93,7 @@ def parse(facts, text):
     while rest:
         fits = [n for n in range(1, len(rest) + 1) if "_".join(rest[:n]) in known]
         if not fits:
-            raise ValueError(f"`{' '.join(rest)}`: no name or relation of the facts begins so")
+            raise ValueError(f"`{' '.join(rest)}`: no known name or relation starts here")
         found.append(known["_".join(rest[: fits[-1]])])
         rest = rest[fits[-1] :]
     if len(found) < 2:
@@ -107,11 +107,11 @@ class FactsQA(ComposedQA):
     answer  what the agent answered; "" if it did not
     """
 
-    def __init__(self, facts, n_objectives=2, hops=(1, 2), seed=0, max_turns=None, questions=None):
+    def __init__(self, facts, n_objectives=2, hops=(1, 2), seed=0, questions=None):
         self.facts = facts
         self.questions = questions
         self.answer = ""
-        super().__init__(n_objectives, hops, seed, max_turns)
+        super().__init__(n_objectives, hops, seed)
 
     def compose(self, indices, hops, kind, names, rng):
         questions = self.questions or self.facts.draw(len(indices), hops, rng)

@@ -99,8 +99,8 @@ def main(argv=None):
         chosen = methods(models, snapshots=True)
         for name in args.agents:
             assert name in chosen, f"--agents {name}: the run has {', '.join(chosen)}"
-            model, policy = chosen[name]
-            model = load_model(models[model])
+            source, policy = chosen[name]
+            model = load_model(models[source])
             which = range(args.episodes)
             trajs = play(model, policy, cfg, args.objectives, which, Stream.TEST)
             print(f"--- {name}, {args.objectives} objectives, {args.episodes} episodes")

@@ -1,10 +1,10 @@
-"""gpu.py: does a GPU compute what the CPU does? What a run on one rests on.
+"""gpu.py: does a GPU compute what the CPU does? Any run on a GPU relies on this.
 
     python experiments/gpu.py                         # all parts
     python experiments/gpu.py smoke exact resume      # some
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 
-    smoke   the debug preset and eval.py end well
+    smoke   the debug preset and eval.py finish without an error
     exact   sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens
             of the same episodes the same log-probability: the largest difference in nats, and the
             share of ratios outside 1 +- 0.2
@@ -77,7 +77,7 @@ def random_agent(size, device):
 def smoke(args, folder):
     script("train.py", *debug_flags(args, folder / "debug"))
     script("eval.py", folder / "debug", "--device", args.device, "--show", 1)
-    return {"train.py and eval.py": "end well"}
+    return {"train.py and eval.py": "finish without an error"}
 
 
 def exact(args, folder):
@@ -93,8 +93,8 @@ def exact(args, folder):
                 worlds, _, rngs = metronomes(2 if args.quick else 8)
                 trajs = rollout(model, worlds, POLICIES[policy], rngs)
                 acted = torch.tensor(recorded(trajs, "logp"), dtype=torch.float64)
-                off = (learner_logp(model, trajs, args.device) - acted).abs()
-                cpu = learner_logp(random_agent(size, "cpu").double(), trajs, "cpu")
+                off = (learner_logp(model, trajs) - acted).abs()
+                cpu = learner_logp(random_agent(size, "cpu").double(), trajs)
                 found[f"{size} {policy} {kind}"] = (
                     f"sampler to learner {off.max():.1e}, "
                     f"to the CPU {(cpu - acted).abs().max():.1e}, "
@@ -103,9 +103,10 @@ def exact(args, folder):
 
 
 @torch.no_grad()
-def learner_logp(model, trajs, device):
+def learner_logp(model, trajs):
     """logp (M,) of all trained tokens, float64, on the CPU."""
     batch = make_rows(trajs)
+    device = model.emb.weight.device
     order = torch.cat([rows.index for rows in batch]).argsort()
     return torch.cat([predict(model, rows.to(device))[0].double().cpu() for rows in batch])[order]
 
@@ -166,13 +167,13 @@ def learn(args, folder):
 PARTS = dict(smoke=smoke, exact=exact, ddp=ddp, resume=resume, learn=learn)
 
 
-def main(parts, argv=None):
+def main(parts):
     """Run the chosen parts, then print all that they found."""
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", help=f"default: all of {' '.join(parts)}")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="smallest sizes")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; try --device cpu --quick")
     unknown = set(args.parts) - set(parts)

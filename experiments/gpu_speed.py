@@ -11,6 +11,7 @@
     iteration  where the time of a PPO iteration of the gpu preset goes
     peers      the time of sampling by transformers over ours, if it is installed
 """
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -79,7 +80,6 @@ def decoding(args, folder):
     _, copy = peaks(args)
     size = "0.5M" if args.quick else "25M"
     model, found = new_model(size, args.device), {}
-    layers, _, channels = SIZES[size]
     for B in [4] if args.quick else [1, 64, 1024]:
         cache = Cache(model, B)
         n = torch.full((B,), 128, device=args.device)
@@ -92,7 +92,7 @@ def decoding(args, folder):
 
         took = least_seconds(step, args.device, times=20)
         read = 4 * sum(p.numel() for p in model.parameters())
-        read += 2 * cache.L * B * channels * layers * cache.k.element_size()
+        read += 2 * cache.k[:, :, :, : cache.L].nbytes
         text = f"{took * 1e3:.2f} ms, memory alone {read / copy * 1e3:.2f} ms"
         if args.device == "cuda":
             text += f", as a CUDA graph {seconds_of_graph(step) * 1e3:.2f} ms"
@@ -122,6 +122,8 @@ def iteration(args, folder):
 
 
 def peers(args, folder):
+    if importlib.util.find_spec("transformers") is None:
+        return {"transformers": "is not installed"}
     episodes = 4 if args.quick else 1024
     cfg = train.Config(ppo_batch=episodes)
     shape = bench_peers.shape_of(cfg, ENC.n_vocab)

@@ -1,4 +1,4 @@
-"""layouts.py: what PPO would train in the paper's layouts of a MEM1 trajectory, against what acted.
+"""layouts.py: what PPO would train in the paper's layouts of a MEM1 trajectory.
 
     python experiments/layouts.py             # random weights, on episodes of the demonstrator
     python experiments/layouts.py runs/cpu    # the trained mem1 agent of a run, on its own episodes
@@ -69,8 +69,8 @@ def measure(model, cfg, n, episodes, acts):
         views = [layout(traj) for traj in trajs]
         logp, seconds = learned(model, views)
         off = (logp - acted).abs()  # (M,)
-        others, _ = learned(model, [layout(exchange_pruned(traj)) for traj in trajs])  # (M,)
-        leak = (others - logp).abs()[last]  # (tokens of the last turns,)
+        changed, _ = learned(model, [layout(exchange_pruned(traj)) for traj in trajs])  # (M,)
+        leak = (changed - logp).abs()[last]  # (tokens of the last turns,)
         tokens = 0
         for view in views:
             tokens += len(view.prompt) + sum(len(branch.ids) for branch in view.branches)

@@ -1,4 +1,4 @@
-"""rewards.py: PPO paid by something else than the share of right answers.
+"""rewards.py: PPO paid for something other than the share of right answers.
 
     python experiments/rewards.py --reward step --start runs/cpu --agents mem1 --out runs/step-0
     python experiments/rewards.py --reward step --out runs/step-0 --resume
@@ -26,6 +26,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,7 +45,7 @@ REWARDS = "em", "f1", "partial", "all", "format", "step"
 
 
 def turn_rewards(name, traj):
-    """What each turn of an episode that is over has earned, in floats (J,)."""
+    """What each turn of a finished episode earned, in floats (J,)."""
     env, n = traj.env, traj.env.n_objectives
     em = env.em / n
     earned = new_facts(traj) if name == "step" else [0.0] * len(traj.turns)
@@ -140,9 +141,9 @@ def train_judge(cfg):
     actor, judge = train.load_model(saved, cfg.device), train.load_model(saved, cfg.device)
     optimizer = torch.optim.AdamW(judge.parameters(), betas=(0.9, 0.95),
                                   weight_decay=cfg.weight_decay)
+    schedule = SimpleNamespace(steps=JUDGE_STEPS, optimizer=optimizer)
     for step in range(JUDGE_STEPS):
-        decay = max(0.05, (JUDGE_STEPS - step) / (0.4 * JUDGE_STEPS))  # as in train.set_lr()
-        optimizer.param_groups[0]["lr"] = JUDGE_LR * min(1.0, (step + 1) / 50, decay)
+        train.set_lr(schedule, JUDGE_LR, step, warmup=50)
         trajs, first = preferences(actor, POLICIES[agent], cfg, step)
         margin = margins(judge, trajs, first)  # (pairs,)
         loss = -F.logsigmoid(margin).mean()

@@ -40,9 +40,9 @@ class Shop(Env):
     em        N times the reward of WebShop, see worth(); so em / N is that reward
     """
 
-    def __init__(self, n_objectives=2, seed=0, max_turns=None):
+    def __init__(self, n_objectives=2, seed=0):
         assert n_objectives <= LONGEST, f"got {n_objectives} objectives, expected {LONGEST} at most"
-        super().__init__(n_objectives, max_turns or 2 * n_objectives + 6)
+        super().__init__(n_objectives, 2 * n_objectives + 6)
         rng = np.random.default_rng(seed)
         self.type, *others = pick(rng, TYPES, 4)
         self.traits = pick(rng, TRAITS, 2)

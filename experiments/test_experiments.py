@@ -71,7 +71,7 @@ def test_only_the_tree_is_what_acted(run, capsys):
     for n in "2", "4":
         tree, stitched, released = (cells[n] for cells in found.values())
         assert list(tree) == ["mean_nats", "max_nats", "leak", "seconds", "tokens"]
-        assert tree["max_nats"] == tree["leak"] == 0.0 < stitched["leak"]
+        assert tree["leak"] == 0.0 < stitched["leak"]
         assert 1e-3 < stitched["mean_nats"] < released["mean_nats"]
         assert stitched["tokens"] == released["tokens"] < tree["tokens"]
     assert printed(layouts.main, [run, "--episodes", 3], capsys)["tree"]["16"]["max_nats"] < 1e-4
@@ -146,7 +146,7 @@ def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monke
     assert groups["all"]["to 0.8"] == [None] and groups["judge"]["to 0.8"] == [6.0]
 
 
-def test_lost_objectives_are_told_by_the_first_mistake(run, capsys):
+def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
     failures.main([str(run), "--objectives", "2", "--episodes", "2"])
     assert "malformed" in capsys.readouterr().out  # it has learned nothing in two steps
     faithful, aimless = envs.ComposedQA(4, seed=1), envs.ComposedQA(4, seed=1)
@@ -187,11 +187,11 @@ def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_
 
 def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".git"))
+    shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".*"))
     code = (other / "train.py").read_text()
     loop = "        row = imitate(stage.learner, stage.optimizer, batch, cfg)\n        if is_due"
     assert code.count(loop) == 1, "train_demos has changed"
-    (other / "train.py").write_text(code.replace(loop, "        time.sleep(1)\n" + loop))
+    (other / "train.py").write_text(code.replace(loop, "        time.sleep(3)\n" + loop))
     bench_stages.main([str(other), "--quick", "--pairs", "1"])
     lines = capsys.readouterr().out.splitlines()
     times = {line.split()[0]: float(line.split()[-5]) for line in lines}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
-from experiments import facts
+from experiments import facts, layouts
 from mem1 import turn_cap
 
 COUNTRIES = str(Path(__file__).resolve().parents[1] / "assets" / "countries.tsv")
@@ -47,23 +47,23 @@ def play(env, keep_all=False, amnesic=False):
 
 
 def test_examples_in_docstrings_are_right():
-    modules = [envs.world_module(name) for name in NAMES]
+    modules = [layouts, *map(envs.world_module, NAMES)]
     assert not any(doctest.testmod(module).failed for module in modules)
 
 
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
     env = envs.ComposedQA(8, (2, 2), seed=5)
-    facts = env.index.texts
-    pages = [[fact.split()[0], *fact.split()] for fact in facts]  # the title counts twice
+    texts = env.index.texts
+    pages = [[fact.split()[0], *fact.split()] for fact in texts]  # the title counts twice
 
     def score(page, word):
         df, tf = sum(word in other for other in pages), page.count(word)
         return np.log((len(pages) + 1) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
 
-    for fact in facts:
+    for fact in texts:
         a, b, _ = fact.split()
         best = sorted(range(len(pages)), key=lambda i: -score(pages[i], a) - score(pages[i], b))[:3]
-        assert env.search(f"{a} {b}") == [facts[i] for i in sorted(best)]
+        assert env.search(f"{a} {b}") == [texts[i] for i in sorted(best)]
     assert env.search("?!") == env.search("nobody knows") == []
 
 
@@ -118,7 +118,7 @@ def test_what_the_user_said_last_counts():
     assert len(fates) == 3 and min(fates.values()) > 5, fates
 
 
-def test_the_reward_is_the_share_of_what_was_wanted():
+def test_the_reward_of_the_shop_is_the_share_of_what_was_wanted():
     env = make("shop", 8, 3)
     _, wanted_kind, *wanted_traits, _, wanted_color, _, limit, _ = env.prompt.split()
     for index, (kind, traits, colors, price) in env.products.items():
@@ -134,8 +134,11 @@ def test_the_reward_is_the_share_of_what_was_wanted():
     env.step("query", "click red")  # control: no product is open
     env.step("answer", "buy")
     assert env.em == 0.0
-    for seed in range(10):  # in haste, the demonstrator buys the best product so far
-        env = envs.make_env(CFG["shop"], 8, [seed])
+
+
+def test_in_haste_the_demonstrator_buys_the_best_product_so_far():
+    for seed in range(10):
+        env = make("shop", 8, seed)
         env.max_turns = 8
         best = play(env)[-1].split("; ")[1].split()[0]
         assert env.cause == "answered" and (best == env.open or best == ":")
@@ -159,7 +162,7 @@ def test_facts_are_read_in_any_script_and_spelling(tmp_path):
 def test_a_bad_line_is_named_in_one_line(tmp_path, line):
     path = tmp_path / ("f.jsonl" if line[:1] in b"{[" else "f.tsv")
     path.write_bytes(b"# comment\r\n\r\n" + line)
-    with pytest.raises(ValueError, match="^.*line 3 is .{,200}; mend it$"):
+    with pytest.raises(ValueError, match="^.*line 3 is .{,200}; fix it$"):
         facts.read_facts(str(path))
 
 

@@ -57,7 +57,7 @@ class KnowledgeBase:
         for relation in relations:
             known = self.known.get(subject, {})
             if relation not in known:
-                raise ValueError(f"there is no one fact `{subject} {relation}`; known of it: "
+                raise ValueError(f"there is no single fact `{subject} {relation}`; known of it: "
                                  f"{', '.join(known) or 'nothing'}")
             path.append(f"{subject} {relation} {known[relation]}")
             subject = known[relation]
@@ -96,8 +96,8 @@ class WebQA(ComposedQA):
     One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None):
-        max_turns = max_turns or 2 * hops[1] * (n_objectives + 1) + 2
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
+        max_turns = 2 * hops[1] * (n_objectives + 1) + 2
         super().__init__(n_objectives, hops, seed, max_turns)
         self.luck = np.random.default_rng([*np.ravel(seed), 1])
         self.tried = set()
