@@ -112,7 +112,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations and checkpoints; x25 in other stages
+    eval_every: int = 20  # ppo steps between validations and checkpoints; other stages: 25 times
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
     eval_episodes: int = 256  # per cell of the final table
     valid_episodes: int = 64  # a validation
@@ -382,7 +382,7 @@ class Run:
     cfg: Config
     out: Path
     state: dict  # what a checkpoint holds
-    started: float  # perf_counter() when it began, less the time that it was interrupted
+    started: float  # perf_counter() when it began, moved forward by any interruption
     peak_flops: float  # peak floating point operations per second of this process
     signals: list = field(default_factory=list)  # SIGINT and SIGTERM that came in
 
