@@ -564,8 +564,12 @@ def test_one_whole_update_equals_an_independent_computation(layout, epochs, cap)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
     assert (row["gap"] < 1e-10) == (layout == "tree")
-    parts = np.array(ppo.minibatches(train.Config(), 0, 1))  # 128 episodes in two minibatches
-    assert (np.sort(parts % 8) == arange(64).numpy() // 8).all()  # equally many of each process
+    for some in cfg, train.Config():  # 5 episodes, 128
+        for step in range(9):
+            parts = ppo.minibatches(some, step, 1)
+            assert sorted(sum(parts, [])) == [*range(some.ppo_batch)]
+    lanes = np.sort(np.array(parts) % 8)  # (2, 64): each of 8 processes has 8 of each minibatch
+    assert (lanes == np.arange(64) // 8).all()
     # Before the first update the ratio is one; later it is clipped, and so is the gradient.
     assert row["clip"] == 0 if epochs == 1 else cap < 27 or 0.1 < row["clip"] < 1 < row["norm"]
 
@@ -767,6 +771,12 @@ def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
     code, (line,) = run("--nproc", "1", "--out", finished / "none", *flags.split())
     assert code > 0 and words in line
+
+
+@parametrize("flags", ["--episodes 0", "--show 0", "--json --memory", "--agents nobody"])
+def test_eval_refuses_bad_flags_in_one_line(finished, flags):
+    code, (line,) = run(finished, *flags.split(), main=evaluation.main)
+    assert code == 2 and flags.split()[0] in line
 
 
 FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)]
