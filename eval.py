@@ -100,7 +100,7 @@ def memory_table(rows):
 # Several runs
 
 
-def collect(paths):
+def collect(paths, device="cpu"):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
     "curves", "meta"}. A larger model is called `full-2x`, a run with --demos faithful
     `mem1-faithful`.
@@ -136,13 +136,14 @@ def collect(paths):
                 curves.setdefault(row["agent"] + variant, []).append(point)
         if "mem1" in results:
             for method in "mem1", "mem1-demos":
-                look_closer(one, cfg, models[method], seed, method + variant)
+                model = load_model(models[method], device)
+                look_closer(one, cfg, model, seed, method + variant)
     return one
 
 
-def look_closer(one, cfg, saved, seed, method):
+def look_closer(one, cfg, model, seed, method):
     """The part of collect() that plays episodes."""
-    policy, model = POLICIES["mem1"], load_model(saved)
+    policy = POLICIES["mem1"]
     n, farthest = min(16, envs.longest_horizon(cfg)), min(64, envs.longest_horizon(cfg))
     episodes = min(64, cfg.eval_episodes)
     one["seeds"][seed][method][str(farthest)] = measure(
@@ -259,7 +260,8 @@ def parse_arguments(argv):
     parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs")
     parser.add_argument("--plot", metavar="PNG", help="with --table: draw EM and peak, too")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, nothing else")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
 
     def refuse(message):
         parser.exit(2, f"eval.py: {message} (python eval.py --help)\n")
@@ -271,7 +273,7 @@ def parse_arguments(argv):
             refuse("--episodes, --show: expected at least 1")
     if args.json and (args.show or args.memory):
         refuse("--json prints a table; drop --show, --memory")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not gpu:
         refuse("--device cuda: torch finds no GPU here")
     if not args.run and not args.table:
         refuse("no run given; expected the directory of a run of train.py, such as runs/cpu")
@@ -298,7 +300,7 @@ def tabulate(args):
     if args.table[0].endswith(".json"):
         one = json.loads(Path(args.table[0]).read_text())
     else:
-        one = collect(args.table)
+        one = collect(args.table, args.device)
     if not args.json:
         for title, text in report(one).items():
             print(f"\n{title}\n\n{text}")

@@ -68,7 +68,7 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one
     nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
-    workers: int = 0  # data-loading processes per training process
+    workers: int = 0  # data-loading processes per training process; in Docker, add --shm-size=8g
     play_batch: int = 64  # episodes played side by side
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
@@ -779,6 +779,7 @@ def check(cfg):
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish and save
     logging.disable()  # the messages below are enough
     try:
         torch.distributed.run.main(
@@ -804,6 +805,7 @@ def main(argv=None):
     if cfg.nproc > 1:
         backend = "nccl" if cfg.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        dist.barrier()  # all have seen that --out is free before one writes there
     try:
         train(cfg)
     except FloatingPointError as error:
