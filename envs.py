@@ -76,7 +76,7 @@ DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
 MOST_CLUTTER = 20  # random notes, and questions on each side of a task, in demonstrations
 PPO_CLUTTER = 4  # the same in PPO, where a few are enough, and long prompts cost time
-NOTED = 0.6  # share of the questions on which the aimless demonstrator notes something
+NOTED = 0.9  # share of the questions on which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -415,7 +415,7 @@ def aimless(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by a demonstrator whose notes are aimless.
 
     It searches and answers like the faithful demonstrator, but when it leaves a question
-    it notes, six times in ten, the index with a name picked at random from the facts in view, which
+    it notes, nine times in ten, the index with a name picked at random from the facts in view, which
     is the answer one time in six. One turn in five it drops its list. So imitation teaches taking
     notes and copying them, but not which notes are worth it: that is left to the reward.
 
