@@ -245,7 +245,7 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
-    16
+    17
     25
 
     Positions are a random increasing subset of 0..L-1, with L drawn between the episode's own
