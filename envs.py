@@ -415,9 +415,9 @@ def aimless(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by a demonstrator whose notes are aimless.
 
     It searches and answers like the faithful demonstrator, but when it leaves a question
-    it notes, nine times in ten, the index with a name picked at random from the facts in view, which
-    is the answer one time in six. One turn in five it drops its list. So imitation teaches taking
-    notes and copying them, but not which notes are worth it: that is left to the reward.
+    it notes, nine times in ten, the index with a name picked at random from the facts in view,
+    which is the answer one time in six. One turn in five it drops its list. So imitation teaches
+    taking notes and copying them, but not which notes are worth it: that is left to the reward.
 
     >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")

@@ -100,7 +100,7 @@ def memory_table(rows):
 # Several runs
 
 
-def collect(paths, device="cpu"):
+def collect(paths, device):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
     "curves", "meta"}. A larger model is called `full-2x`, a run with --demos faithful
     `mem1-faithful`.

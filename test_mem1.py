@@ -564,10 +564,10 @@ def test_one_whole_update_equals_an_independent_computation(layout, epochs, cap)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
     assert (row["gap"] < 1e-10) == (layout == "tree")
-    for some in cfg, train.Config():  # 5 episodes, 128
+    for config in cfg, train.Config():  # 5 episodes, 128
         for step in range(9):
-            parts = ppo.minibatches(some, step, 1)
-            assert sorted(sum(parts, [])) == [*range(some.ppo_batch)]
+            parts = ppo.minibatches(config, step, 1)
+            assert sorted(sum(parts, [])) == [*range(config.ppo_batch)]
     lanes = np.sort(np.array(parts) % 8)  # (2, 64): each of 8 processes has 8 of each minibatch
     assert (lanes == np.arange(64) // 8).all()
     # Before the first update the ratio is one; later it is clipped, and so is the gradient.

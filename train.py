@@ -68,7 +68,7 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one
     nproc: int = 0  # processes; 0: one per GPU, or per CPU core (at most 4)
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
-    workers: int = 0  # data-loading processes per training process; in Docker, add --shm-size=8g
+    workers: int = 0  # data-loading processes per training process (docker run needs --shm-size 8g)
     play_batch: int = 64  # episodes played side by side
     compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
