@@ -208,6 +208,10 @@ class ComposedQA(Env):
         """What the demonstrator would write: it sees what the agent sees, no more."""
         return demonstrator(self.prompt, seen, fresh)
 
+    def aimless(self, seen, rng):
+        """The same with aimless notes."""
+        return aimless(rng, seen, *self.expert(seen))
+
 
 def invent(indices, hops, kind, pool, rng):
     """A private world: (questions [(subject, relations, path), ...], triples).

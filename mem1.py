@@ -372,10 +372,10 @@ def expert(env, policy, turns, rng=None):
     rng: None for faithful notes; a numpy Generator for aimless ones.
     """
     seen = ENC.decode(recall(env, policy, turns))
-    fresh = policy in KEEPS_STATES
-    state, kind, text = env.expert(seen, fresh)
-    if rng is not None:
-        state, kind, text = envs.aimless(rng, seen, state, kind, text)
+    if rng is None:
+        state, kind, text = env.expert(seen, fresh=policy in KEEPS_STATES)
+    else:
+        state, kind, text = env.aimless(seen, rng)
     ids = ENC.encode_ordinary(" " + state if state else "")
     ids.append(QUERY if kind == "query" else ANSWER)
     return ids + ENC.encode_ordinary(" " + text if text else "") + [END]

@@ -770,8 +770,9 @@ def check(cfg):
         envs.extra_words(cfg)  # reads a file of facts
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--env {cfg.env}: no such world in experiments/ ({error})")
-    assert cfg.env in ("qa", "web") or (cfg.demos, cfg.clutter) == ("faithful", 0), (
-        f"--env {cfg.env}: add --demos faithful --clutter 0, which suit this world")
+    assert cfg.env in ("qa", "web") or cfg.clutter == 0, f"--env {cfg.env}: add --clutter 0"
+    assert cfg.env in ("qa", "web", "shop") or cfg.demos == "faithful", (
+        f"--env {cfg.env}: add --demos faithful")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
 

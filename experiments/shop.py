@@ -1,6 +1,6 @@
 """shop.py: WebShop (arXiv 2207.01206) in miniature: find the product that fits best, and buy it.
 
-    python train.py --env shop --demos faithful --clutter 0 --objectives 1 6 --out runs/shop
+    python train.py --env shop --clutter 0 --objectives 1 6 --out runs/shop
 
 Here N is not a number of questions: it is the number of products of the wanted type. There are half
 as many others. So the agent has to remember one product, the best so far, not all that it has seen.
@@ -128,7 +128,11 @@ class Shop(Env):
             reward = self.n_objectives * self.worth(self.open, self.chosen)
         return reward, reward
 
-    def expert(self, seen, fresh=False):
+    def aimless(self, seen, rng):
+        """The demonstrator, but a toss of a coin decides which of two products it remembers."""
+        return self.expert(seen, rng=rng)
+
+    def expert(self, seen, fresh=False, rng=None):
         """The demonstrator: looks at all products of the type, remembers the best, and buys it.
 
         Its state says what the product just seen has of what is wanted, then the same of the best
@@ -136,7 +140,7 @@ class Shop(Env):
 
             #12 warm red under ; #9 warm : #17 next
 
-        fresh makes no difference here: it writes nothing that could be left out.
+        fresh makes no difference here: it writes nothing that could be left out. rng: see aimless().
         """
         form = r" want (\w+) ([\w ]+) in (\w+) under #(\d+)"
         kind, traits, color, limit = re.match(form, self.prompt).groups()
@@ -155,7 +159,8 @@ class Shop(Env):
             if int(product[5]) <= int(limit):
                 has.append("under")
             look = [product[1], *(word for word in wanted if word in has)]
-            if product[2] == kind and len(look) > len(best):
+            better = len(look) > len(best) if rng is None else rng.random() < 0.5
+            if product[2] == kind and better:
                 best = look
         elif re.search(r"(next|end)$", info):
             listed = re.findall(r"(#\d+) (\w+) #\d+", info)
