@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -687,7 +688,16 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     assert again["tokens"] == table["mem1"]["1"]["tokens"]
 
 
-def test_data_made_ahead_by_workers_are_the_same(finished, tmp_path):
+def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp_path, monkeypatch):
+    def end_step(run, stage, step, row, end=train.end_step):
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        if step == 3:  # both have made a batch, so both are set up
+            workers[0].terminate()
+            os.kill(workers[1].pid, signal.SIGINT)
+        end(run, stage, step, row)
+
+    monkeypatch.setattr(train, "end_step", end_step)
     assert run(*TINY, tmp_path, "--workers", 2) == (0, [])
     assert outcome(tmp_path) == outcome(finished)
 
@@ -763,8 +773,8 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
 --start /none: does not exist; --agents nobody: invalid choice; --env mars: env
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
---nproc 999: nproc; --env shop: --demos faithful; --out /proc/run: /proc/run
---hops 1 1 --objectives 1 81: 1 to 80
+--nproc 999: nproc; --env shop: --clutter 0; --env count --clutter 0: --demos faithful
+--out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):

@@ -289,8 +289,16 @@ def with_data(stage, make, cfg):
     """
     loader = torch.utils.data.DataLoader(
         range(stage.steps), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=make,
-        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None)
+        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
+        worker_init_fn=ignore_signals)
     return zip(stage.steps_left, loader)
+
+
+def ignore_signals(worker):
+    """SIGINT and SIGTERM go to a whole process group. Here they would end the worker's data, and
+    with them the step that the training process still wants to finish."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ class Shop(Env):
 
             #12 warm red under ; #9 warm : #17 next
 
-        fresh makes no difference here: it writes nothing that could be left out. rng: see aimless().
+        fresh makes no difference: it writes nothing that could be left out. rng: for aimless().
         """
         form = r" want (\w+) ([\w ]+) in (\w+) under #(\d+)"
         kind, traits, color, limit = re.match(form, self.prompt).groups()
