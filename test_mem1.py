@@ -773,7 +773,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
 --start /none: does not exist; --agents nobody: invalid choice; --env mars: env
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
---nproc 999: nproc; --env shop: --clutter 0; --env count --clutter 0: --demos faithful
+--nproc 999: nproc; --env shop: --clutter 0; --env count: --demos faithful --clutter 0
 --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))

@@ -129,7 +129,7 @@ class Shop(Env):
         return reward, reward
 
     def aimless(self, seen, rng):
-        """The demonstrator, but a toss of a coin decides which of two products it remembers."""
+        """The demonstrator, but a coin toss decides which of two products it remembers."""
         return self.expert(seen, rng=rng)
 
     def expert(self, seen, fresh=False, rng=None):
@@ -159,8 +159,8 @@ class Shop(Env):
             if int(product[5]) <= int(limit):
                 has.append("under")
             look = [product[1], *(word for word in wanted if word in has)]
-            better = len(look) > len(best) if rng is None else rng.random() < 0.5
-            if product[2] == kind and better:
+            switch = len(look) > len(best) if rng is None else rng.random() < 0.5
+            if product[2] == kind and switch:
                 best = look
         elif re.search(r"(next|end)$", info):
             listed = re.findall(r"(#\d+) (\w+) #\d+", info)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train all that the README compares, three seeds of each, two runs at a time. Interrupt it as you
+# Train all agents, three seeds of each, two runs at a time. Interrupt it as you
 # like: started again, it says how many runs are left, and goes on where it stopped. (No clutter for
 # amnesic: it cannot see the state that a cluttered episode begins with.)
 #
