@@ -76,7 +76,6 @@ DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
 MOST_CLUTTER = 20  # random notes, and questions on each side of a task, in demonstrations
 PPO_CLUTTER = 4  # the same in PPO, where a few are enough, and long prompts cost time
-NOTED = 0.9  # share of the questions on which the aimless demonstrator notes something
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -418,27 +417,27 @@ def demonstrator(prompt, seen="", fresh=False):
 def aimless(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by a demonstrator whose notes are aimless.
 
-    It searches and answers like the faithful demonstrator, but when it leaves a question
-    it notes, nine times in ten, the index with a name picked at random from the facts in view,
-    which is the answer one time in six. One turn in five it drops its list. So imitation teaches
-    taking notes and copying them, but not which notes are worth it: that is left to the reward.
+    It searches and answers like the faithful demonstrator, but when it leaves a question it notes
+    the index with a name picked at random from the facts in view, which is the answer one time in
+    six. One turn in ten it drops its list. So imitation teaches taking notes and copying them, but
+    not which notes are worth it: that is left to the reward.
 
-    >>> seen = ("<IS> ; #64 : jelo pupil #65<query> jelo pupil<end>"
+    >>> seen = ("<IS> ; #63 pali #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
-    >>> turn = "jelo pupil jero ; #64 jero #65 : milu heir .", "query", "milu heir"
-    >>> for seed in 0, 1, 6:
+    >>> turn = "jelo pupil jero ; #63 pali #64 jero #65 : milu heir .", "query", "milu heir"
+    >>> for seed in 10, 3, 9:
     ...     aimless(np.random.default_rng(seed), seen, *turn)[0]
-    'jelo pupil jero ; #64 veba #65 : milu heir .'
-    'jelo pupil jero ; #65 : milu heir .'
-    'jelo pupil jero ; #64 jero #65 : milu heir .'
+    'jelo pupil jero ; #63 pali #64 veba #65 : milu heir .'
+    'jelo pupil jero ; #64 jelo #65 : milu heir .'
+    'jelo pupil jero ; #63 pali #64 jero #65 : milu heir .'
     """
-    notes = {} if rng.random() < 0.2 else read_answers(seen)
+    notes = {} if rng.random() < 0.1 else read_answers(seen)
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
     info = ([""] + re.findall("<info>([^<]*)", seen))[-1]
     in_view = [word for word in words(info) if word in A_NAME]
-    if in_view and not question.startswith(f"{index} ") and rng.random() < NOTED:
+    if in_view and not question.startswith(f"{index} "):
         notes[index] = str(rng.choice(in_view))
     if kind == "query":
         parts = [found.strip(), LIST, entries(notes), question]

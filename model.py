@@ -7,10 +7,11 @@ One forward pass serves both sides of reinforcement learning, so that they canno
     the sampler   model(ids, pos, cache)   a few new tokens per row, after those in the cache
 
 Differs from GPT-2, so that half a million weights can learn to look things up within minutes:
-1) a causal convolution of width 4 before q, k, v (a "Canon layer", arXiv 2512.17351): a token sees
-   the three before it without spending a head on that. It is what makes lookup quick to learn;
-2) rotary positions (arXiv 2104.09864) on part of each head; no learned positions, no biases but the
-   value head's;
+1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
+   a query finds what followed the last one to three words when they were read before. So copying
+   and looking up need not emerge: they are there at once, to be refined;
+2) rotary positions (arXiv 2104.09864) on a third of each head; no learned positions, no biases but
+   the value head's;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
 """
 from dataclasses import dataclass
@@ -77,16 +78,16 @@ class GPT(nn.Module):
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
     def rotation(self, pos, dtype):
-        """cos and sin of the rotary angles, each (B, 1, T, r); r: a third of a head's channels."""
+        """cos and sin of the rotary angles, each (B, 1, T, r); r: a sixth of a head's channels."""
         hs = self.config.n_embd // self.config.n_head
-        r = hs // 3
+        r = hs // 6
         exponent = torch.arange(r, device=pos.device, dtype=dtype) / r
         angle = (pos[..., None] * 10000.0**-exponent)[:, None]  # (B, 1, T, r)
         return angle.cos(), angle.sin()
 
 
 class Block(nn.Module):
-    """x + attention(h + conv(h)) where h is norm(x), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), with a convolution over q and k; then x + mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -94,31 +95,35 @@ class Block(nn.Module):
         self.n_head = config.n_head
         self.ln_1 = nn.LayerNorm(C, bias=False)
         self.ln_2 = nn.LayerNorm(C, bias=False)
-        self.taps = nn.Parameter(torch.randn(WIDTH, C) * 0.1)  # the last is for the token itself
         self.qkv = nn.Linear(C, 3 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         self.up = nn.Linear(C, 4 * C, bias=False)
         self.down = nn.Linear(4 * C, C, bias=False)
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-        # A head start for lookup (after arXiv 2305.09828): queries match similar keys; q, k and v
-        # are made of a token and half of the one before it; what is read is passed on unchanged.
-        # Finding what followed this same word earlier is then nearly learned.
+        # A head start for lookup (after arXiv 2305.09828): queries match similar keys, and what is
+        # read is passed on unchanged.
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
-        self.taps.data[-2] += 0.5
         self.proj.weight.data.copy_(0.3 * v.T)
+        # A query is made of the last three words, a key of the three before its own, so in "a b c
+        # ... a b" the last b finds c. Earlier words count less, each head at its own rate: the
+        # first looks for the last word alone, the last one for all three alike.
+        fade = torch.linspace(0, 1, self.n_head).repeat_interleave(C // self.n_head)
+        words = torch.stack([fade**2, fade, fade**0])  # (3, C)
+        q, k = F.pad(words, (0, 0, 1, 0)), F.pad(words, (0, 0, 0, 1))  # each (WIDTH, C)
+        self.taps = nn.Parameter(torch.cat([q, k], dim=1))  # (WIDTH, 2C)
 
     def forward(self, x, rotation, cache, i, mask):
-        T = x.size(1)
-        h = self.ln_1(x)  # (B, T, C)
-        wide = F.pad(h, (0, 0, WIDTH - 1, 0)) if cache is None else cache.widen(i, h)  # (B, 3+T, C)
-        mixed = h
-        for j, tap in enumerate(self.taps):
-            mixed = torch.addcmul(mixed, wide[:, j : j + T], tap)  # (B, T, C)
+        T, C = x.shape[1:]
+        h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
+        wide = F.pad(h, (0, 0, WIDTH - 1, 0)) if cache is None else cache.widen(i, h)
+        qk = wide[:, :T] * self.taps[0]  # wide is (B, 3+T, 2C)
+        for j in range(1, WIDTH):
+            qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
 
-        qkv = self.qkv(mixed).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(qkv[:2], rotation), qkv[2]  # each (B, nh, T, hs)
+        q, k = rotate(qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4), rotation)
+        v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # like q and k (B, nh, T, hs)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         else:
@@ -149,7 +154,7 @@ class Cache:
     rollback() sets n back to the end of the prompt, whose keys and values stay valid for the whole
     episode.
 
-    tail  what the convolution needs: the last three inputs of each layer
+    tail  what the convolution needs: its last three inputs in each layer
     """
 
     def __init__(self, model, B):
@@ -160,7 +165,7 @@ class Cache:
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
         self.k = torch.zeros(shape).to(like.device, dtype)
         self.v = torch.zeros(shape).to(like.device, dtype)
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, C).to(like)
+        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
@@ -170,7 +175,7 @@ class Cache:
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
         self.prompt_n = self.n.clone()  # (B,)
-        self.prompt_tail = self.tail.clone()  # (nl, B, 3, C)
+        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C)
 
     def rollback(self, pruned):
         """Forget all but the prompt in the rows where `pruned` (B,) is True."""
@@ -228,9 +233,9 @@ class Cache:
         return slots
 
     def widen(self, i, h):
-        """The three inputs before, and the new ones: (B, T, C) -> (B, 3+T, C)."""
+        """The three inputs before, and the new ones: (B, T, 2C) -> (B, 3+T, 2C)."""
         wide = torch.cat([self.tail[i, : self.B], h], 1)
-        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, C)
+        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C)
         self.tail[i, : self.B] = wide.gather(1, last)
         return wide
 

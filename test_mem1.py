@@ -178,7 +178,7 @@ def dense(gpt, traj):
         depth.append(depth[p] + 1)
     ids, parent, trained = map(tensor, (ids, [*parent, -1], trained))
     hs = gpt.config.n_embd // gpt.config.n_head
-    r = hs // 3
+    r = hs // 6
     turn = torch.exp(1j * tensor(depth)[:, None] / 10000.0 ** (arange(r).double() / r))  # (n, r)
 
     def rotated(x):
@@ -187,12 +187,13 @@ def dense(gpt, traj):
 
     x = gpt.ln_in(gpt.emb(ids))
     for block in gpt.blocks:
-        h = F.pad(block.ln_1(x), (0, 0, 0, 1))  # the last row is what comes before the first token
-        mixed, at = h, arange(len(h))
+        h, v = block.qkv(block.ln_1(x)).split((2 * x.size(1), x.size(1)), 1)
+        h = F.pad(h, (0, 0, 0, 1))  # the last row is what comes before the first token
+        mixed, at = 0.0, arange(len(h))
         for tap in reversed(block.taps):  # of the token, its parent, its parent's parent, ...
             mixed = mixed + tap * h[at]
             at = parent[at]
-        q, k, v = block.qkv(mixed[:-1]).unflatten(1, (3, -1, hs)).permute(1, 2, 0, 3)  # (nh, n, hs)
+        q, k, v = cat([mixed[:-1], v], 1).unflatten(1, (3, -1, hs)).permute(1, 2, 0, 3)
         weight = (rotated(q) @ rotated(k).mT / hs**0.5).exp() * see
         x = x + block.proj(cat([*F.normalize(weight, 1, -1) @ v], 1))
         x = x + block.down(block.up(block.ln_2(x)).clamp(min=0) ** 2)
@@ -252,7 +253,7 @@ def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, p
     gpt = talkative()
     if plain:  # one layer, no convolution, heads of 2 channels (too few for positions):
         gpt = talkative(n_layer=1, n_head=16)
-        gpt.blocks[0].taps.data.zero_()  # all differences come from these
+        gpt.blocks[0].taps.data[:-1] = 0.0  # all differences come from these
     trajs = play(gpt, keep_last, [6, 5, 6])
     turn = tensor([t for traj in trajs  # notes given at the start are a turn, too
                    for t, this in enumerate(traj.turns, 1 if traj.env.notes else 0)
@@ -373,7 +374,7 @@ def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind
     for n in 1, 2, 5, 16, 64:
         assert [episode(n, seed) for seed in range(3)] == [n] * 3
     assert (max(longest) < 20) == (policy is keep_all)  # it holds no list
-    for most, harm in (3, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
+    for most, harm in (4, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
         assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 

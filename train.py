@@ -85,17 +85,17 @@ class Config:
     n_head: int = 4
     n_embd: int = 96
     # primer
-    primer_steps: int = 800
+    primer_steps: int = 300
     primer_batch: int = 64  # exercises per step
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
     # demos
-    demos_steps: int = 1300
+    demos_steps: int = 800
     demos_batch: int = 32  # episodes per step
     demos_lr: float = 2e-3
     demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
     # ppo
-    ppo_steps: int = 60
+    ppo_steps: int = 40
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
