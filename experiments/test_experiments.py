@@ -1,4 +1,4 @@
-"""test_experiments.py: layouts, rewards, compare, failures and bench, each at its smallest size.
+"""test_experiments.py: layouts, rewards, compare, failures, reading and bench, each at its smallest size.
 
     python -m pytest -q experiments/test_experiments.py
 """
@@ -24,7 +24,7 @@ import mem1
 import ppo
 import train
 from experiments import (bench, bench_stages, compare, failures, gpu, gpu_speed, layouts,
-                         rewards)
+                         reading, rewards)
 from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, demonstrate, keep_last, sample
 from model import GPT, GPTConfig
 
@@ -156,6 +156,26 @@ def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
     assert cause.endswith("an entry")
     with pytest.raises(SystemExit, match="the run has"):
         failures.main([str(run), "--agents", "nobody"])
+
+
+def test_wrong_words_of_exercises_are_counted(run, capsys):
+    class Knows:  # what comes next, but never what follows a `;`
+        def __call__(self, ids, pos):
+            following = ids.roll(-1, 1)
+            following[ids == ENC.encode_ordinary(" ;")[0]] = END
+            return torch.nn.functional.one_hot(following, ENC.n_vocab).float()  # (1, T, V)
+
+        def logits(self, x):
+            return x
+
+    trajs = [mem1.exercise(train.Config(), 0, i, 9) for i in range(40)]
+    for skill, (wrong, of) in reading.mistakes(Knows(), trajs).items():
+        some = [traj.branches[0] for traj in trajs
+                if ENC.decode(traj.branches[0].ids[:1]).strip() == skill]
+        assert wrong == (len(some) if skill in ("edit", "append") else 0)  # which begin with `;`
+        assert of == sum(sum(branch.loss_mask) for branch in some)
+    reading.main([str(run), "--longest", "4", "--exercises", "7"])
+    assert capsys.readouterr().out.split("\n")[1].startswith("primer           4  ")
 
 
 def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
