@@ -8,8 +8,8 @@ One forward pass serves both sides of reinforcement learning, so that they canno
 
 Differs from GPT-2, so that half a million weights can learn to look things up within minutes:
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
-   a query finds what followed the last one to three words when they were read before. So copying
-   and looking up need not emerge: they are there at once, to be refined;
+   a query finds what followed the last three words when they were read before. So copying and
+   looking up need not emerge: they are there at once, to be refined;
 2) rotary positions (arXiv 2104.09864) on a third of each head; no learned positions, no biases but
    the value head's;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
@@ -108,8 +108,8 @@ class Block(nn.Module):
         self.proj.weight.data.copy_(0.3 * v.T)
         # A query is made of the last three words, a key of the three before its own, so in "a b c
         # ... a b" the last b finds c. Earlier words count less, each head at its own rate: the
-        # first looks for the last word alone, the last one for all three alike.
-        fade = torch.linspace(0, 1, self.n_head).repeat_interleave(C // self.n_head)
+        # first looks for the last word above all, the last one for all three alike.
+        fade = torch.linspace(0.5, 1, self.n_head).repeat_interleave(C // self.n_head)
         words = torch.stack([fade**2, fade, fade**0])  # (3, C)
         q, k = F.pad(words, (0, 0, 1, 0)), F.pad(words, (0, 0, 0, 1))  # each (WIDTH, C)
         self.taps = nn.Parameter(torch.cat([q, k], dim=1))  # (WIDTH, 2C)
