@@ -8,8 +8,8 @@ One forward pass serves both sides of reinforcement learning, so that they canno
 
 Differs from GPT-2, so that half a million weights can learn to look things up within minutes:
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
-   a query finds what followed the last three words when they were read before. So copying and
-   looking up need not emerge: they are there at once, to be refined;
+   a query finds what followed its last three words earlier. So copying and looking up need not
+   emerge, only be refined;
 2) rotary positions (arXiv 2104.09864) on a third of each head; no learned positions, no biases but
    the value head's;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
@@ -107,18 +107,17 @@ class Block(nn.Module):
         k.copy_(q)
         self.proj.weight.data.copy_(0.3 * v.T)
         # A query is made of the last three words, a key of the three before its own, so in "a b c
-        # ... a b" the last b finds c. Earlier words count less, each head at its own rate: the
-        # first looks for the last word above all, the last one for all three alike.
-        fade = torch.linspace(0.5, 1, self.n_head).repeat_interleave(C // self.n_head)
-        words = torch.stack([fade**2, fade, fade**0])  # (3, C)
-        q, k = F.pad(words, (0, 0, 1, 0)), F.pad(words, (0, 0, 0, 1))  # each (WIDTH, C)
-        self.taps = nn.Parameter(torch.cat([q, k], dim=1))  # (WIDTH, 2C)
+        # ... a b" the last b finds c. Earlier words count less, each head at its own rate.
+        fade = torch.linspace(0.5, 1, self.n_head).repeat_interleave(C // self.n_head)  # (C,)
+        three = torch.stack([fade**2, fade, fade**0])  # (3, C)
+        taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
+        self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
 
     def forward(self, x, rotation, cache, i, mask):
         T, C = x.shape[1:]
         h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
         wide = F.pad(h, (0, 0, WIDTH - 1, 0)) if cache is None else cache.widen(i, h)
-        qk = wide[:, :T] * self.taps[0]  # wide is (B, 3+T, 2C)
+        qk = wide[:, :T] * self.taps[0]  # (B, T, 2C), of `wide` (B, 3+T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
 

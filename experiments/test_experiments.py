@@ -1,4 +1,4 @@
-"""test_experiments.py: layouts, rewards, compare, failures, reading and bench, each at its smallest size.
+"""test_experiments.py: layouts, rewards, compare, failures, reading, bench, at their smallest.
 
     python -m pytest -q experiments/test_experiments.py
 """
