@@ -146,7 +146,6 @@ class Trajectory:
     prompt: list  # what every turn sees: see prompt_ids()
     branches: list = field(default_factory=list)
     turns: list = field(default_factory=list)
-    positions: object = None  # increasing, in demonstrations (train.py); None: 0, 1, 2...
     cached: int = 0  # tokens of the last branch that are in the sampler's cache
     spans: list = field(default_factory=list)  # (seen, wrote) per turn: tokens, prompt not counted
     seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
@@ -217,8 +216,7 @@ def tree(traj):
     """All tokens of a trajectory, the prompt's, then each branch's: (ids, parent, loss_mask).
 
     parent[i] is the token right before i in its context, -1 for the first. All else follows from
-    it: i's context is the path from the root to i, its position is its depth, and it is predicted
-    at parent[i].
+    it: i's context is the path from the root to i, and it is predicted at parent[i].
 
     >>> ids, parent, loss_mask = tree(sketch(keep_last, turns=3))
     >>> parent
@@ -473,7 +471,8 @@ def feed(model, cache, contexts):
     T = max(map(len, contexts))
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
     ids = torch.tensor([c + [0] * (T - len(c)) for c in contexts], device=device)  # (B, T)
-    x = model.forward(ids, cache.reserve(T, n), cache)  # (B, T, C); uncompiled despite --compile
+    cache.reserve(T, n)
+    x = model.forward(ids, cache)  # (B, T, C); uncompiled despite --compile
     return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
 
 
@@ -507,8 +506,8 @@ def write(model, cache, hidden, caps, uniform):
             order[: len(moved)] = row[moved]
             writing = torch.ones(n_writing, device=device, dtype=torch.bool)
         # Finished rows that are still in the batch become padding: their tokens take no slot.
-        pos = cache.reserve(1, writing.long())  # (cache.B, 1)
-        hidden = model.forward(ids[order[: cache.B], t, None], pos, cache)[:, 0]  # (cache.B, C)
+        cache.reserve(1, writing.long())
+        hidden = model.forward(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)
     cache.B = B
     columns = zip(ids.tolist(), logp.tolist(), value.tolist(), length.tolist())
     return [(i[:n], lp[:n], v[:n]) for i, lp, v, n in columns], order.tolist()
@@ -546,7 +545,6 @@ class Rows:
     tensor([0, 1, 2])
     """
     ids: torch.Tensor  # (B, T)
-    pos: torch.Tensor  # (B, T)
     loss_mask: torch.Tensor  # (B, T) bool: True where the agent chose the token, in this row
     index: torch.Tensor  # (M,) place of each trained token among all of the trajectories
     attn_mask: object = None  # (B, 1, T, T) bool; None: causal
@@ -583,20 +581,18 @@ def collate(chunk):
     """Lines [(length, trajectory, branch, place of its first trained token), ...] as Rows."""
     B, T = len(chunk), chunk[0][0]
     ids = np.zeros((B, T), dtype=np.int64)
-    pos = np.zeros((B, T), dtype=np.int64)
     loss_mask = np.zeros((B, T), dtype=bool)
     index = []
     attn_mask = None  # causal
     for b, (n, traj, branch, offset) in enumerate(chunk):
         ids[b, :n] = traj.prompt + branch.ids
-        pos[b, :n] = np.arange(n) if traj.positions is None else traj.positions[:n]
         loss_mask[b, len(traj.prompt) : n] = branch.loss_mask
         index.append(offset + np.arange(sum(branch.loss_mask)))
         if branch.attn_mask is not None:
             if attn_mask is None:
                 attn_mask = torch.ones(B, 1, T, T, dtype=torch.bool).tril()  # (B, 1, T, T)
             attn_mask[b, 0, :n, :n] = torch.from_numpy(branch.attn_mask)
-    tensors = map(torch.from_numpy, (ids, pos, loss_mask, np.concatenate(index)))
+    tensors = map(torch.from_numpy, (ids, loss_mask, np.concatenate(index)))
     return Rows(*tensors, attn_mask)
 
 
@@ -618,7 +614,7 @@ def predict(model, rows):
     its own head: the critic reads the actor's hidden states without changing them.
     """
     raw = getattr(model, "module", model)  # without its DDP wrapper
-    x = model(rows.ids, rows.pos, mask=rows.attn_mask)  # (B, T, C)
+    x = model(rows.ids, mask=rows.attn_mask)  # (B, T, C)
     trained = rows.loss_mask[:, 1:]  # (B, T-1): the row at t predicts ids[t+1]
     x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (M, C), (M,)
     logps = raw.logits(x).log_softmax(-1)  # (M, V)
@@ -647,7 +643,7 @@ def stitched(traj, released=False):
 
     From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
     while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
-    convolution does so in the first). And positions run on, where the agent's restarted.
+    convolution and the gates do so in the first).
 
     released: the layout of the paper's published code. It also hides the previous state, which the
     agent did see, and an <info> sees nothing but itself.

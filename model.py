@@ -3,16 +3,17 @@
     B batch, T tokens, L tokens to look back on, C channels, nh heads, hs head size, V vocabulary
 
 One forward pass serves both sides of reinforcement learning, so that they cannot disagree:
-    the learner   model(ids, pos)          whole rows, right-padded, causal attention
-    the sampler   model(ids, pos, cache)   a few new tokens per row, after those in the cache
+    the learner   model(ids)          whole rows, right-padded, causal attention
+    the sampler   model(ids, cache)   a few new tokens per row, after those in the cache
 
 Differs from GPT-2, so that half a million weights can learn to look things up within minutes:
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) rotary positions (arXiv 2104.09864) on a third of each head; no learned positions, no biases but
-   the value head's;
-3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in.
+2) forget gates (arXiv 2503.02130) instead of positions: how far back a token seems to stand depends
+   on what was written since. So an old state can be told from the last, at any length;
+3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
+   biases but those of the gates and the value head.
 """
 from dataclasses import dataclass
 
@@ -52,17 +53,16 @@ class GPT(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids, pos, cache=None, mask=None):
-        """Hidden states (B, T, C) of tokens `ids` (B, T) at positions `pos` (B, T).
+    def forward(self, ids, cache=None, mask=None):
+        """Hidden states (B, T, C) of tokens `ids` (B, T).
 
-        cache  what each row looks back on, and where the new tokens go; see Cache.reserve()
+        cache  what each row looks back on; Cache.reserve() has made room for the new tokens
         mask   without a cache: which token may attend to which (B, 1, T, T), bool; None: causal
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
-            rotation = self.rotation(pos, x.dtype)
             for i, block in enumerate(self.blocks):
-                x = block(x, rotation, cache, i, mask)  # (B, T, C)
+                x = block(x, cache, i, mask)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -77,17 +77,9 @@ class GPT(nn.Module):
         """
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
-    def rotation(self, pos, dtype):
-        """cos and sin of the rotary angles, each (B, 1, T, r); r: a sixth of a head's channels."""
-        hs = self.config.n_embd // self.config.n_head
-        r = hs // 6
-        exponent = torch.arange(r, device=pos.device, dtype=dtype) / r
-        angle = (pos[..., None] * 10000.0**-exponent)[:, None]  # (B, 1, T, r)
-        return angle.cos(), angle.sin()
-
 
 class Block(nn.Module):
-    """x + attention(norm(x)), with a convolution over q and k; then x + mlp(norm(x))."""
+    """x + attention(norm(x)), with a convolution over q and k, and gates; then x + mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -112,17 +104,27 @@ class Block(nn.Module):
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
+        # At first every token adds 1/55, 1/400, 1/3000, 1/22000 to the age of those before it.
+        self.gate = nn.Linear(C, self.n_head)
+        nn.init.zeros_(self.gate.weight)
+        self.gate.bias.data = torch.linspace(4, 10, self.n_head)
 
-    def forward(self, x, rotation, cache, i, mask):
+    def forward(self, x, cache, i, mask):
         T, C = x.shape[1:]
-        h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
-        wide = F.pad(h, (0, 0, WIDTH - 1, 0)) if cache is None else cache.widen(i, h)
-        qk = wide[:, :T] * self.taps[0]  # (B, T, 2C), of `wide` (B, 3+T, 2C)
+        normed = self.ln_1(x)  # (B, T, C)
+        h, v = self.qkv(normed).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
+        clock = -F.logsigmoid(self.gate(normed)).cumsum(1, dtype=x.dtype)  # (B, T, nh)
+        if cache is None:
+            wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
+        else:
+            wide, clock = cache.extend(i, h, clock)
+        qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
 
-        q, k = rotate(qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4), rotation)
-        v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # like q and k (B, nh, T, hs)
+        q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
+        q, k = with_age(q, k, clock)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         else:
@@ -132,13 +134,19 @@ class Block(nn.Module):
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
 
 
-def rotate(x, rotation):
-    """Rotary position embedding of the first 2r channels of x (..., B, nh, T, hs); the rest sees no
-    position, since most lookups are by what a token is, not by where it stands."""
-    cos, sin = rotation  # each (B, 1, T, r)
-    r = cos.size(-1)
-    a, b, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)  # (..., B, nh, T, hs)
+def with_age(q, k, clock):
+    """Lower each score by the age of the key: q, k (B, nh, T, hs), clock (B, T, nh).
+
+    A key is older by what the gates added to the clock since. Its score is q.k/sqrt(hs) + clock of
+    the key - clock of the query, and softmax does not care for the last, which is the same for all
+    keys. So the last two channels do it: of the query the constant sqrt(hs), of the key the clock,
+    as a sum of two numbers, since bfloat16 has few digits.
+    """
+    clock = clock.transpose(1, 2)  # (B, nh, T)
+    coarse = clock.to(torch.bfloat16).to(clock.dtype)
+    clock = torch.stack([coarse, clock - coarse], -1)  # (B, nh, T, 2)
+    q = torch.cat([q[..., :-2], torch.full_like(clock, q.size(-1) ** 0.5)], -1)
+    return q, torch.cat([k[..., :-2], clock], -1)  # each (B, nh, T, hs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -148,12 +156,13 @@ def rotate(x, rotation):
 class Cache:
     """Keys and values of B contexts in static buffers: row b's tokens fill slots 0..n[b]-1.
 
-    A token's slot is its position. New tokens are written at slot n[b] and up; whatever lies there
+    New tokens are written at slot n[b] and up; whatever lies there
     from before is overwritten, and cannot be seen until then. So forgetting costs nothing:
     rollback() sets n back to the end of the prompt, whose keys and values stay valid for the whole
     episode.
 
-    tail  what the convolution needs: its last three inputs in each layer
+    tail  of the last three tokens, in each layer: the convolution's inputs (2C), and the gates'
+          clocks (nh)
     """
 
     def __init__(self, model, B):
@@ -164,7 +173,7 @@ class Cache:
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
         self.k = torch.zeros(shape).to(like.device, dtype)
         self.v = torch.zeros(shape).to(like.device, dtype)
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C).to(like)
+        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
@@ -174,7 +183,7 @@ class Cache:
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
         self.prompt_n = self.n.clone()  # (B,)
-        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C)
+        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C+nh)
 
     def rollback(self, pruned):
         """Forget all but the prompt in the rows where `pruned` (B,) is True."""
@@ -204,7 +213,7 @@ class Cache:
         return order
 
     def reserve(self, T, n):
-        """Make room for T more tokens in every row, and return their positions (B, T).
+        """Make room for T more tokens in every row.
 
         Only the first n[b] of row b are real; the padding after them is seen by no real token. With
         T > 1, once per turn, this syncs with the device to get the longest row; with T = 1, once
@@ -229,14 +238,16 @@ class Cache:
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += n
-        return slots
 
-    def widen(self, i, h):
-        """The three inputs before, and the new ones: (B, T, 2C) -> (B, 3+T, 2C)."""
-        wide = torch.cat([self.tail[i, : self.B], h], 1)
-        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C)
+    def extend(self, i, h, clock):
+        """h (B, T, 2C) with the three inputs before it: (B, 3+T, 2C). And clock (B, T, nh), which
+        began at 0, as it goes on from the last."""
+        tail, width = self.tail[i, : self.B], h.size(2)
+        clock = clock + tail[:, -1:, width:]
+        wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
+        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
         self.tail[i, : self.B] = wide.gather(1, last)
-        return wide
+        return wide[..., :width], clock
 
     def attend(self, i, q, k, v):
         """Write k, v (B, nh, T, hs) of layer i, and read all up to each token: (B, nh, T, hs).

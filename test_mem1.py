@@ -154,7 +154,7 @@ def replay(gpt, traj, policy):
     """Oracle: logp and value of each written token, each context encoded whole, without a cache."""
     found = []
     for context, token in contexts(traj, policy):
-        x = gpt(tensor([context]), arange(len(context))[None])[0, -1]
+        x = gpt(tensor([context]))[0, -1]
         found.append([gpt.logits(x).softmax(-1)[token].log(), gpt.value(x)])
     return tensor(found).T  # (2, M)
 
@@ -173,18 +173,8 @@ def dense(gpt, traj):
     """Oracle: logp, value, entropy (3, M) of the trained tokens by plain formulas, with the whole
     trajectory as one row under the 0/1 picture of attention_mask()."""
     (ids, parent, trained), see = mem1.tree(traj), tensor(mem1.attention_mask(traj))
-    depth = [0]
-    for p in parent[1:]:
-        depth.append(depth[p] + 1)
     ids, parent, trained = map(tensor, (ids, [*parent, -1], trained))
     hs = gpt.config.n_embd // gpt.config.n_head
-    r = hs // 6
-    turn = torch.exp(1j * tensor(depth)[:, None] / 10000.0 ** (arange(r).double() / r))  # (n, r)
-
-    def rotated(x):
-        y = torch.complex(x[..., :r], x[..., r : 2 * r]) * turn
-        return cat([y.real, y.imag, x[..., 2 * r :]], -1)
-
     x = gpt.ln_in(gpt.emb(ids))
     for block in gpt.blocks:
         h, v = block.qkv(block.ln_1(x)).split((2 * x.size(1), x.size(1)), 1)
@@ -195,7 +185,13 @@ def dense(gpt, traj):
             at = parent[at]
         qkv = cat([mixed[:-1], v], 1).unflatten(1, (3, -1, hs))
         q, k, v = qkv.permute(1, 2, 0, 3)  # (nh, n, hs)
-        weight = (rotated(q) @ rotated(k).mT / hs**0.5).exp() * see
+        gate, kept = block.gate(block.ln_1(x)).sigmoid(), []  # (n, nh)
+        for i in range(len(x)):  # its gate shrinks what its parent has kept of earlier ones
+            kept.append(F.one_hot(tensor(i), len(x)).double()[:, None])  # (n, nh), of itself all
+            if i:
+                kept[i] = kept[i] + kept[parent[i]] * gate[i]
+        score = q[..., :-2] @ k[..., :-2].mT / hs**0.5  # (nh, n, n)
+        weight = score.exp() * stack([row.expand_as(gate) for row in kept]).permute(2, 0, 1) * see
         x = x + block.proj(cat([*F.normalize(weight, 1, -1) @ v], 1))
         x = x + block.down(block.up(block.ln_2(x)).clamp(min=0) ** 2)
     x = gpt.ln_out(x)[parent[:-1][trained]]
@@ -252,10 +248,12 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
     ("stitched", True, 6), ("stitched", False, 2), ("released", False, 1)])
 def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, plain, exact):
     gpt = talkative()
-    if plain:  # one layer, no convolution, heads of 2 channels (too few for positions):
-        gpt = talkative(n_layer=1, n_head=16)
-        gpt.blocks[0].taps.data[:-1] = 0.0  # all differences come from these
+    if plain:  # all differences come from deeper layers, the convolution and the gates
+        gpt = talkative(n_layer=1)
+        gpt.blocks[0].taps.data[:-1] = 0.0
         gpt.blocks[0].taps.data[-1] = 1.0
+        gpt.blocks[0].gate.weight.data.zero_()
+        gpt.blocks[0].gate.bias.data.fill_(99.0)
     trajs = play(gpt, keep_last, [6, 5, 6])
     turn = tensor([t for traj in trajs  # notes given at the start are a turn, too
                    for t, this in enumerate(traj.turns, 1 if traj.env.notes else 0)
@@ -299,9 +297,10 @@ def test_no_tensor_is_made_on_another_device(monkeypatch):
     cache = Cache(gpt, 3)
     cache.keep_prompt()
     cache.rollback(one > 0)
-    x = gpt(one[:, None], cache.reserve(1, one), cache)[:, 0]
+    cache.reserve(1, one)
+    x = gpt(one[:, None], cache)[:, 0]
     assert mem1.sample(gpt.logits(x), uniform)[0].is_meta
-    assert gpt.value(gpt(one[None], one[None])).is_meta
+    assert gpt.value(gpt(one[None])).is_meta
     with pytest.raises(RuntimeError):  # control: a tensor that is elsewhere
         mem1.sample(gpt.logits(x), rand(3))
 
@@ -429,7 +428,7 @@ def test_no_two_streams_share_an_episode(monkeypatch):
 def test_aimless_notes_do_not_depend_on_what_will_be_asked_for(demos):
     cfg, noted = train.Config(demos=demos, objectives=(2, 2)), {True: [], False: []}
     for i in range(400):
-        traj = train.demonstration(cfg, "mem1", 0, i, 99, 20)
+        traj = train.demonstration(cfg, "mem1", 0, i, 20)
         index, answer = traj.env.golds[0]
         t = next((t for t, found, _ in remembered(traj) if found), None)
         if t:  # the answer has just been seen, and is still to be given
@@ -450,13 +449,6 @@ def test_clutter_hides_where_a_task_begins_and_ends(clutter, hidden):
         last.append(re.findall(envs.OPEN, state)[-1][3] == envs.STOP)
     for share in np.mean(begun), np.mean(last):
         assert (0.4 < share < 0.6) == hidden
-
-
-def test_demonstrations_spread_their_positions():
-    cfg = train.Config(objectives=(4, 4))
-    trajs = [train.demonstration(cfg, "mem1", 0, i, 900, 40) for i in range(40)]
-    assert 700 < max(traj.positions[-1] for traj in trajs) < 900
-    assert (make_rows(trajs[:1])[0].pos[0] == tensor(trajs[0].positions)).all()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -853,8 +845,7 @@ the mask is added as 0 and 1 | model.Block.forward | v, mask,
     | v, mask if mask is None else mask.to(q), | rows_equal
 later tokens are seen | model.Block.forward | is_causal=mask is None | is_causal=False | sampler
 a token is predicted at its own row | mem1.predict | x[:, :-1] | x[:, 1:] | sampler
-positions go on after pruning | mem1.collate | pos[b, :n] =
-    | pos[b, len(traj.prompt) :] = offset; pos[b, :n] += | sampler
+the clock begins anew at each turn | model.Cache.extend | + tail[:, -1:, width:] | | sampler
 convolution sees pruned tokens | model.Cache.rollback | self.prompt_tail[:, | self.tail[:, | sampler
 rows move without their lengths | model.Cache.compact | self.n, self.prompt_n | [self.prompt_n]
     | sampler

@@ -114,7 +114,7 @@ class Config:
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; other stages: 25 times
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons of the final table
-    eval_episodes: int = 256  # per cell of the final table
+    eval_episodes: int = 128  # per cell of the final table
     valid_episodes: int = 64  # a validation
 
 
@@ -163,12 +163,13 @@ def train_primer(run):
 def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-    longest, most_turns = farthest_needs(cfg, agent)
+    # Turn budgets are trained up to that of the farthest horizon to be tested.
+    most_turns = training_env(cfg, Stream.VALID, 0, 0, max(cfg.eval_objectives)).max_turns
 
     def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        trajs += [demonstration(cfg, agent, step, i, longest, most_turns)
+        trajs += [demonstration(cfg, agent, step, i, most_turns)
                   for i in share(cfg.demos_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
@@ -237,22 +238,18 @@ def training_env(cfg, stream, step, i, n_objectives=None):
     return env
 
 
-def demonstration(cfg, agent, step, i, longest, most_turns):
+def demonstration(cfg, agent, step, i, most_turns):
     """One episode of the demonstrator. In some its turn budget is too small, to show what to do
     when the turns run out. In others it is more than enough, so that the agent has seen every
     number of turns left that it may be told on a long horizon. The agents that mem1 is compared
     with get better demonstrations, with faithful notes:
 
     >>> for agent in "mem1", "full":
-    ...     sum(demonstration(Config(), agent, 0, i, 99, 20).env.em for i in range(20))
+    ...     sum(demonstration(Config(), agent, 0, i, 20).env.em for i in range(20))
     17
     25
 
-    Positions are a random increasing subset of 0..L-1, with L drawn between the episode's own
-    length (positions as when acting) and `longest`: spread out like this, a short training episode
-    covers the distances of long ones ("randomised positions", arXiv 2305.16843).
-
-    >>> trajs = [demonstration(Config(), "mem1", 0, i, 99, 20) for i in range(100)]
+    >>> trajs = [demonstration(Config(), "mem1", 0, i, 20) for i in range(100)]
     >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
     >>> len([s for s in spare if s < 0]), len([s for s in spare if s > 0])
     (60, 16)
@@ -265,21 +262,7 @@ def demonstration(cfg, agent, step, i, longest, most_turns):
     elif which < 0.6 and not env.open_ended:
         env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
     aimless = cfg.demos == "aimless" and agent == "mem1"
-    traj = demonstrate(env, POLICIES[agent], rng if aimless else None)
-    length = len(traj.prompt) + max(len(branch.ids) for branch in traj.branches)
-    L = rng.integers(length, max(longest, length) + 1)
-    traj.positions = np.sort(rng.choice(L, length, replace=False))
-    return traj
-
-
-def farthest_needs(cfg, agent):
-    """Tokens in the longest row, and turns, at the farthest horizon to be tested: positions and
-    turn budgets are trained up to there."""
-    n = max(cfg.eval_objectives)
-    environments = [training_env(cfg, Stream.VALID, 0, i, n) for i in range(4)]
-    trajs = [demonstrate(env, POLICIES[agent]) for env in environments]
-    longest = max(len(traj.prompt) + traj.peak for traj in trajs)
-    return longest, max(env.max_turns for env in environments)
+    return demonstrate(env, POLICIES[agent], rng if aimless else None)
 
 
 def with_data(stage, make, cfg):
@@ -769,8 +752,8 @@ def check(cfg):
         value = getattr(cfg, name)
         assert len(value) == 2 and 1 <= value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2"
     assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
-    assert cfg.n_embd % (2 * cfg.n_head) == 0, (
-        f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple of twice the heads")
+    assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
+        f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple, of 4 or more")
     assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
     assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
     try:

@@ -79,8 +79,7 @@ def bench_rollout(endless, episodes, pairs):
 def encode_anew(model, contexts, uniform):
     """A turn without a cache: everything is encoded again for each token."""
     for drawn in uniform.T:
-        B, L = contexts.shape
-        x = model(contexts, torch.arange(L).expand(B, L))[:, -1]  # (B, C)
+        x = model(contexts)[:, -1]  # (B, C)
         ids, _ = sample(model.logits(x), drawn)  # (B,)
         contexts = torch.cat([contexts, ids[:, None]], 1)  # (B, L+1)
     return contexts[:, -uniform.size(1) :]

@@ -84,11 +84,12 @@ def decoding(args, folder):
         cache = Cache(model, B)
         n = torch.full((B,), 128, device=args.device)
         ids = torch.ones(B, 128, device=args.device, dtype=torch.long)
-        model(ids, cache.reserve(128, n), cache)
-        pos = cache.reserve(1, n.clamp(max=1))
+        cache.reserve(128, n)
+        model(ids, cache)
+        cache.reserve(1, n.clamp(max=1))
 
         def step():
-            return model.logits(model(ids[:, :1], pos, cache)[:, 0]).argmax(-1)
+            return model.logits(model(ids[:, :1], cache)[:, 0]).argmax(-1)
 
         took = least_seconds(step, args.device, times=20)
         read = 4 * sum(p.numel() for p in model.parameters())

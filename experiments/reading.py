@@ -28,7 +28,7 @@ def mistakes(model, trajs):
     for traj in trajs:
         (rows,) = make_rows([traj])
         asked = rows.loss_mask[:, 1:]  # (1, T-1): the row at t predicts ids[t+1]
-        logits = model.logits(model(rows.ids, rows.pos)[:, :-1][asked])  # (M, V)
+        logits = model.logits(model(rows.ids)[:, :-1][asked])  # (M, V)
         wrong = (logits.argmax(-1) != rows.ids[:, 1:][asked]).sum().item()
         skill = ENC.decode(traj.branches[0].ids[:1]).strip()
         before = counts.get(skill, (0, 0))

@@ -109,7 +109,7 @@ def scores(judge, trajs):
     """What the judge thinks of each episode (E,), with gradients."""
     (rows,) = make_rows([judged(traj) for traj in trajs], budget=10**9)
     rows = rows.to(judge.emb.weight.device)
-    x = judge(rows.ids, rows.pos)[:, :-1][rows.loss_mask[:, 1:]]  # (E, C), the longest first
+    x = judge(rows.ids)[:, :-1][rows.loss_mask[:, 1:]]  # (E, C), the longest first
     return judge.value(x)[rows.index.argsort()]
 
 

@@ -160,7 +160,7 @@ def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
 
 def test_wrong_words_of_exercises_are_counted(run, capsys):
     class Knows:  # what comes next, but never what follows a `;`
-        def __call__(self, ids, pos):
+        def __call__(self, ids):
             following = ids.roll(-1, 1)
             following[ids == ENC.encode_ordinary(" ;")[0]] = END
             return torch.nn.functional.one_hot(following, ENC.n_vocab).float()  # (1, T, V)
