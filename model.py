@@ -30,7 +30,7 @@ class GPTConfig:
     """What a model is made of."""
     vocab_size: int
     n_layer: int = 4
-    n_head: int = 4
+    n_head: int = 2
     n_embd: int = 96
     bfloat16: bool = False  # matrix products; weights, softmax, logits, values stay float32
 
@@ -104,7 +104,7 @@ class Block(nn.Module):
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
-        # At first every token adds 1/55, 1/400, 1/3000, 1/22000 to the age of those before it.
+        # At first every token adds 1/55 (the first head) to 1/22000 to the age of earlier ones.
         self.gate = nn.Linear(C, self.n_head)
         nn.init.zeros_(self.gate.weight)
         self.gate.bias.data = torch.linspace(4, 10, self.n_head)

@@ -82,7 +82,7 @@ class Config:
     clutter: float = 0.8  # share of training tasks that are windows in longer lists (envs.clutter)
     # model
     n_layer: int = 4
-    n_head: int = 4
+    n_head: int = 2  # few and wide: the wider a head, the more exactly it tells words apart
     n_embd: int = 96
     # primer
     primer_steps: int = 300
