@@ -49,7 +49,7 @@ def keyed_rng(seed, stream, step, episode, what=0):
 
     `what` tells several draws of one episode apart: 0 the task, 1 the number of objectives, 2 the
     agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the clutter around the
-    task.
+    task, 5 the turn budget.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 

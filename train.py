@@ -163,14 +163,12 @@ def train_primer(run):
 def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-    # Turn budgets are trained up to that of the farthest horizon to be tested.
-    most_turns = training_env(cfg, Stream.VALID, 0, 0, max(cfg.eval_objectives)).max_turns
+    turns = most_turns(cfg)
 
     def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        trajs += [demonstration(cfg, agent, step, i, most_turns)
-                  for i in share(cfg.demos_batch)]
+        trajs += [demonstration(cfg, agent, step, i, turns) for i in share(cfg.demos_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
@@ -187,12 +185,10 @@ def train_ppo(run, agent):
     use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
-    policy = POLICIES[agent]
+    policy, turns = POLICIES[agent], most_turns(cfg)
 
     def make(step):
-        # All of one size: otherwise returns would differ mostly by the number of objectives.
-        n = cfg.objectives[1]
-        return [training_env(cfg, Stream.PPO, step, i, n) for i in share(cfg.ppo_batch)]
+        return [ppo_env(cfg, step, i, turns) for i in share(cfg.ppo_batch)]
 
     for step, environments in with_data(stage, make, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
@@ -238,11 +234,37 @@ def training_env(cfg, stream, step, i, n_objectives=None):
     return env
 
 
-def demonstration(cfg, agent, step, i, most_turns):
+def ppo_env(cfg, step, i, turns):
+    """The environment of one episode of PPO. All are of one size, otherwise returns would differ
+    mostly by the number of objectives. Half of them have turns to spare: PPO unlearns what it does
+    not practise, and an agent that was not told `left=24` any more took it as a reason to answer.
+
+    >>> sum(ppo_env(Config(), 0, i, 66).max_turns > 10 for i in range(100))
+    33
+    """
+    env = training_env(cfg, Stream.PPO, step, i, cfg.objectives[1])
+    rng = keyed_rng(cfg.seed, Stream.PPO, step, i, 5)
+    if rng.random() < 0.5:
+        spare_turns(rng, env, turns)
+    return env
+
+
+def spare_turns(rng, env, turns):
+    """Give an episode between enough turns and `turns`, unless it is to end when they run out."""
+    if not env.open_ended:
+        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, turns) + 1))
+
+
+def most_turns(cfg):
+    """The turn budget of the farthest horizon to be tested."""
+    return envs.make_env(cfg, max(cfg.eval_objectives), [0]).max_turns
+
+
+def demonstration(cfg, agent, step, i, turns):
     """One episode of the demonstrator. In some its turn budget is too small, to show what to do
-    when the turns run out. In others it is more than enough, so that the agent has seen every
-    number of turns left that it may be told on a long horizon. The agents that mem1 is compared
-    with get better demonstrations, with faithful notes:
+    when the turns run out. In others it is more than enough, up to `turns`, so that the agent has
+    seen every number of turns left that it may be told on a long horizon. The agents that mem1 is
+    compared with get better demonstrations, with faithful notes:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 20).env.em for i in range(20))
@@ -259,8 +281,8 @@ def demonstration(cfg, agent, step, i, most_turns):
     enough, which = env.max_turns, rng.random()
     if which < 0.3:
         env.max_turns = int(rng.integers(2, max(3, enough)))
-    elif which < 0.6 and not env.open_ended:
-        env.max_turns = int(rng.integers(enough, max(enough, most_turns) + 1))
+    elif which < 0.6:
+        spare_turns(rng, env, turns)
     aimless = cfg.demos == "aimless" and agent == "mem1"
     return demonstrate(env, POLICIES[agent], rng if aimless else None)
 
