@@ -75,7 +75,7 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
 MOST_CLUTTER = 20  # random notes, and questions on each side of a task, in demonstrations
-PPO_CLUTTER = 4  # the same in PPO, where a few are enough, and long prompts cost time
+PPO_CLUTTER = 4  # questions in PPO, where a few are enough, and long prompts cost time
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -454,9 +454,9 @@ def clutter(rng, env, most):
 
     In half of the episodes `<task>` marks where the window begins. In the others it comes before
     all questions, and the episode begins with a given state: the first question of the window is
-    open, and up to `most` indices before it have a random name as answer. In half of the episodes
-    with questions after it, no `.` ends the window: the turns run out. So an agent cannot learn
-    that the question it takes up next is always the second, or always the last.
+    open, and up to MOST_CLUTTER indices before it have a random name as answer. In half of the
+    episodes with questions after it, no `.` ends the window: the turns run out. So an agent cannot
+    learn that the question it takes up next is always the second, or always the last.
 
     >>> env = ComposedQA(1, seed=3)
     >>> clutter(np.random.default_rng(3657), env, MOST_CLUTTER)
@@ -492,7 +492,7 @@ def clutter(rng, env, most):
         env.before = others(before, stops)
     else:
         question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)
-        old = INDICES[max(0, first - how_many()) : first]
+        old = INDICES[max(0, first - int(rng.integers(MOST_CLUTTER + 1))) : first]
         answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
         env.notes = f" {LIST} {answers}".rstrip() + question[0]
         env.prompt = others(before, 0.0) + env.prompt
