@@ -766,7 +766,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 
 @parametrize("bad", """--objectiv 3: unrecognized; --preset huge: invalid choice; --seed -1: seed
 --ppo-lr fast: invalid float; --resume --out /nonexistent: config.json; --objectives 3: objectives
---hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 50: n-embd
+--hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 51: n-embd
 --start /none: does not exist; --agents nobody: invalid choice; --env mars: env
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --env shop: --clutter 0; --env count: --demos faithful --clutter 0
