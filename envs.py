@@ -74,8 +74,8 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
-MOST_CLUTTER = 20  # random notes, and questions on each side of a task, in demonstrations
-PPO_CLUTTER = 4  # questions in PPO, where a few are enough, and long prompts cost time
+MOST_CLUTTER = 20  # random notes; in demonstrations also questions on each side of a task
+PPO_CLUTTER = 4  # such questions in PPO, where a few are enough, and long prompts cost time
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer

@@ -143,7 +143,7 @@ def with_age(q, k, clock):
     as a sum of two numbers, since bfloat16 has few digits.
     """
     clock = clock.transpose(1, 2)  # (B, nh, T)
-    coarse = clock.to(torch.bfloat16).to(clock.dtype)
+    coarse = clock.to(torch.bfloat16).to(clock.dtype)  # (B, nh, T)
     clock = torch.stack([coarse, clock - coarse], -1)  # (B, nh, T, 2)
     q = torch.cat([q[..., :-2], torch.full_like(clock, q.size(-1) ** 0.5)], -1)
     return q, torch.cat([k[..., :-2], clock], -1)  # each (B, nh, T, hs)
@@ -156,10 +156,9 @@ def with_age(q, k, clock):
 class Cache:
     """Keys and values of B contexts in static buffers: row b's tokens fill slots 0..n[b]-1.
 
-    New tokens are written at slot n[b] and up; whatever lies there
-    from before is overwritten, and cannot be seen until then. So forgetting costs nothing:
-    rollback() sets n back to the end of the prompt, whose keys and values stay valid for the whole
-    episode.
+    New tokens are written at slot n[b] and up; whatever lies there from before is overwritten, and
+    cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
+    prompt, whose keys and values stay valid for the whole episode.
 
     tail  of the last three tokens, in each layer: the convolution's inputs (2C), and the gates'
           clocks (nh)

@@ -441,14 +441,16 @@ def test_aimless_notes_do_not_depend_on_what_will_be_asked_for(demos):
 
 @parametrize("clutter, hidden", [(0.0, False), (1.0, True)])
 def test_clutter_hides_where_a_task_begins_and_ends(clutter, hidden):
-    cfg, begun, last = train.Config(clutter=clutter), [], []
+    cfg, begun, last, notes = train.Config(clutter=clutter), [], [], []
     for i in range(200):
         env = train.training_env(cfg, Stream.PPO, 0, i, 2)
         begun.append(env.notes != "")
+        notes.append(len(re.findall(envs.ENTRY, env.notes)))
         state = ENC.decode(demonstrate(env, keep_last).turns[-2].state)
         last.append(re.findall(envs.OPEN, state)[-1][3] == envs.STOP)
     for share in np.mean(begun), np.mean(last):
         assert (0.4 < share < 0.6) == hidden
+    assert max(notes) == (20 if hidden else 0)  # PPO practises long lists
 
 
 # ----------------------------------------------------------------------------------------------
@@ -885,7 +887,9 @@ primer term with the wrong sign | ppo.update | cfg.primer_coef * | -cfg.primer_c
 the critic fits last values | ppo.update | value - ret[i] | value - old_value[i] | one_whole
 explained variance without the mean | ppo.explained_variance | x - mean[:, None] | x | one_whole
 clip share counts one side | ppo.clipped | .abs() | | one_whole
-every window ends with a stop | envs.clutter | after and rng.random() < 0.5 | False | clutter'''))
+every window ends with a stop | envs.clutter | after and rng.random() < 0.5 | False | clutter
+PPO begins with short lists | envs.clutter | rng.integers(MOST_CLUTTER + 1)
+    | rng.integers(most + 1) | clutter'''))
 
 
 @contextmanager

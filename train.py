@@ -82,7 +82,7 @@ class Config:
     clutter: float = 0.8  # share of training tasks that are windows in longer lists (envs.clutter)
     # model
     n_layer: int = 4
-    n_head: int = 2  # few and wide: the wider a head, the more exactly it tells words apart
+    n_head: int = 2  # two wide ones did better than four on long lists
     n_embd: int = 96
     # primer
     primer_steps: int = 300
@@ -163,12 +163,12 @@ def train_primer(run):
 def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-    turns = most_turns(cfg)
+    most_turns = turn_budget(cfg)
 
     def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        trajs += [demonstration(cfg, agent, step, i, turns) for i in share(cfg.demos_batch)]
+        trajs += [demonstration(cfg, agent, step, i, most_turns) for i in share(cfg.demos_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
@@ -185,10 +185,10 @@ def train_ppo(run, agent):
     use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
-    policy, turns = POLICIES[agent], most_turns(cfg)
+    policy, most_turns = POLICIES[agent], turn_budget(cfg)
 
     def make(step):
-        return [ppo_env(cfg, step, i, turns) for i in share(cfg.ppo_batch)]
+        return [ppo_env(cfg, step, i, most_turns) for i in share(cfg.ppo_batch)]
 
     for step, environments in with_data(stage, make, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
@@ -234,7 +234,7 @@ def training_env(cfg, stream, step, i, n_objectives=None):
     return env
 
 
-def ppo_env(cfg, step, i, turns):
+def ppo_env(cfg, step, i, most_turns):
     """The environment of one episode of PPO. All are of one size, otherwise returns would differ
     mostly by the number of objectives. Half of them have turns to spare: PPO unlearns what it does
     not practise, and an agent that was not told `left=24` any more took it as a reason to answer.
@@ -245,26 +245,26 @@ def ppo_env(cfg, step, i, turns):
     env = training_env(cfg, Stream.PPO, step, i, cfg.objectives[1])
     rng = keyed_rng(cfg.seed, Stream.PPO, step, i, 5)
     if rng.random() < 0.5:
-        spare_turns(rng, env, turns)
+        spare_turns(rng, env, most_turns)
     return env
 
 
-def spare_turns(rng, env, turns):
-    """Give an episode between enough turns and `turns`, unless it is to end when they run out."""
+def spare_turns(rng, env, most_turns):
+    """Give an episode enough turns to `most_turns`, unless it is to end when they run out."""
     if not env.open_ended:
-        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, turns) + 1))
+        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, most_turns) + 1))
 
 
-def most_turns(cfg):
+def turn_budget(cfg):
     """The turn budget of the farthest horizon to be tested."""
     return envs.make_env(cfg, max(cfg.eval_objectives), [0]).max_turns
 
 
-def demonstration(cfg, agent, step, i, turns):
+def demonstration(cfg, agent, step, i, most_turns):
     """One episode of the demonstrator. In some its turn budget is too small, to show what to do
-    when the turns run out. In others it is more than enough, up to `turns`, so that the agent has
-    seen every number of turns left that it may be told on a long horizon. The agents that mem1 is
-    compared with get better demonstrations, with faithful notes:
+    when the turns run out. In others it is more than enough, up to `most_turns`, so that the agent
+    has seen every number of turns left that it may be told on a long horizon. The agents that mem1
+    is compared with get better demonstrations, with faithful notes:
 
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i, 20).env.em for i in range(20))
@@ -282,7 +282,7 @@ def demonstration(cfg, agent, step, i, turns):
     if which < 0.3:
         env.max_turns = int(rng.integers(2, max(3, enough)))
     elif which < 0.6:
-        spare_turns(rng, env, turns)
+        spare_turns(rng, env, most_turns)
     aimless = cfg.demos == "aimless" and agent == "mem1"
     return demonstrate(env, POLICIES[agent], rng if aimless else None)
 
@@ -775,7 +775,7 @@ def check(cfg):
         assert len(value) == 2 and 1 <= value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2"
     assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
     assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
-        f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected a multiple, of 4 or more")
+        f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more whole channels per head")
     assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
     assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
     try:
