@@ -468,7 +468,7 @@ def clutter(rng, env, most):
     asked_for = re.findall(r"#\d+", env.prompt)
     first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
 
-    def how_many():
+    def how_many(most):
         return int(rng.integers(most + 1))
 
     def others(indices, stops):  # stops: share of the questions that end with a `.`
@@ -480,8 +480,8 @@ def clutter(rng, env, most):
             some += [STOP] if rng.random() < stops else []
         return "".join(f" {word}" for word in some)
 
-    before = INDICES[max(0, first - how_many()) : first]
-    after = INDICES[last + 1 :][: how_many()]
+    before = INDICES[max(0, first - how_many(most)) : first]
+    after = INDICES[last + 1 :][: how_many(most)]
     stops = rng.random()
     if after and rng.random() < 0.5:
         env.open_ended = True
@@ -492,7 +492,7 @@ def clutter(rng, env, most):
         env.before = others(before, stops)
     else:
         question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)
-        old = INDICES[max(0, first - int(rng.integers(MOST_CLUTTER + 1))) : first]
+        old = INDICES[max(0, first - how_many(MOST_CLUTTER)) : first]
         answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
         env.notes = f" {LIST} {answers}".rstrip() + question[0]
         env.prompt = others(before, 0.0) + env.prompt

@@ -888,8 +888,7 @@ the critic fits last values | ppo.update | value - ret[i] | value - old_value[i]
 explained variance without the mean | ppo.explained_variance | x - mean[:, None] | x | one_whole
 clip share counts one side | ppo.clipped | .abs() | | one_whole
 every window ends with a stop | envs.clutter | after and rng.random() < 0.5 | False | clutter
-PPO begins with short lists | envs.clutter | rng.integers(MOST_CLUTTER + 1)
-    | rng.integers(most + 1) | clutter'''))
+PPO begins with short lists | envs.clutter | how_many(MOST_CLUTTER) | how_many(most) | clutter'''))
 
 
 @contextmanager

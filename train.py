@@ -113,7 +113,7 @@ class Config:
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; other stages: 25 times
-    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; they limit spare turns
+    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; spare turns go up to theirs
     eval_episodes: int = 128  # per cell of the final table
     valid_episodes: int = 64  # a validation
 
