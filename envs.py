@@ -21,7 +21,7 @@ Differs from the paper's environment (sec. 4.1):
 1) a private random knowledge base of `subject relation object` facts instead of Wikipedia, and BM25
    over it instead of a dense retriever;
 2) questions carry an index, and the answer lists `#index answer` pairs instead of `a; b; ...`;
-3) the turn budget follows from the task (longest chain x N + 2) instead of 6 or 20.
+3) the turn budget follows from the task (most hops x N + 2) instead of 6 or 20.
 """
 import importlib
 import itertools
@@ -49,7 +49,7 @@ def keyed_rng(seed, stream, step, episode, what=0):
 
     `what` tells several draws of one episode apart: 0 the task, 1 the number of objectives, 2 the
     agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the clutter around the
-    task, 5 the turn budget.
+    task, 5 the turn budget in PPO.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
@@ -105,12 +105,13 @@ def asked(subject, relations):
 
 
 class Env:
-    """A task of N objectives, turn by turn. A subclass adds the task, act(), mark() and expert().
+    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), mark(), expert()
+    and, for aimless notes, aimless().
 
     prompt  the task as text
     golds   [(index, answer), ...], the right answers
     paths   {index: facts that lead to the answer}, if any
-    width   tokens of a name at most
+    width   most tokens in a name
     before  text that stands before the task
     notes   a state that the first turn reads as if it had been written before; "" for none
     open_ended  no `.` ends the task; the turns run out instead
@@ -161,7 +162,7 @@ class ComposedQA(Env):
     n_objectives  N, the horizon
     hops          (fewest, most) relations in a question
     seed          a number or a list of numbers; the same seed gives the same episode
-    max_turns     turn budget, answer included; None: longest chain x N + 2
+    max_turns     turn budget, answer included; None: most hops x N + 2
     kinds         one is drawn for each episode:
                     list   independent questions, all answers are due at the end
                     chain  about half of the questions are on an earlier answer: `#65 : #64 pupil`
@@ -205,7 +206,7 @@ class ComposedQA(Env):
 
     def expert(self, seen, fresh=False):
         """What the demonstrator would write: it sees what the agent sees, no more."""
-        return demonstrator(self.prompt, seen, fresh)
+        return faithful(self.prompt, seen, fresh)
 
     def aimless(self, seen, rng):
         """The same with aimless notes."""
@@ -229,7 +230,7 @@ def invent(indices, hops, kind, pool, rng):
     questions, triples = [], []
     for i in range(n):
         relations = [str(r) for r in rng.permutation(RELATIONS)]
-        chain = relations[: rng.integers(hops[0], hops[1] + 1)]
+        asked_for = relations[: rng.integers(hops[0], hops[1] + 1)]
         others = relations[hops[1] :]
         if i in earlier:
             start = indices[earlier[i]]
@@ -237,8 +238,8 @@ def invent(indices, hops, kind, pool, rng):
         else:
             start = subject = next(names)
         path = []
-        for j, relation in enumerate(chain):
-            if j < len(chain) - 1 or i in earlier.values():
+        for j, relation in enumerate(asked_for):
+            if j < len(asked_for) - 1 or i in earlier.values():
                 answer = next(names)  # the subject of further facts
             else:
                 answer = str(rng.choice(pool))
@@ -247,7 +248,7 @@ def invent(indices, hops, kind, pool, rng):
                 triples.append((subject, str(other), pool[rng.integers(len(pool))]))
             path.append(f"{subject} {relation} {answer}")
             subject = answer
-        questions.append((start, chain, path))
+        questions.append((start, asked_for, path))
     return questions, [triples[i] for i in rng.permutation(len(triples))]
 
 
@@ -296,8 +297,14 @@ class SearchIndex:
 
 
 def world_module(name):
-    """Another world: a module of experiments/ with make_env(), extra_words() and LONGEST."""
-    return importlib.import_module(f"experiments.{name}")
+    """Another world: a module of experiments/ with make_env(), extra_words(), LONGEST objectives,
+    and NEEDS, the flags {name: value} that suit it. ValueError if there is none."""
+    try:
+        module = importlib.import_module(f"experiments.{name}")
+        module.NEEDS
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--env {name}: no such world in experiments/ ({error})")
+    return module
 
 
 def make_env(cfg, n_objectives, seed):
@@ -365,8 +372,8 @@ def answers_shown(paths, query, info):
 # The demonstrator
 
 
-def demonstrator(prompt, seen="", fresh=False):
-    """The faithful demonstrator: what to write, (state, kind, text), given the prompt and `seen`.
+def faithful(prompt, seen="", fresh=False):
+    """A turn (state, kind, text) of the faithful demonstrator, given the prompt and `seen`.
 
     `seen` is the context kept from earlier turns, as text. Like the agent, it has no memory of its
     own. Its state first says what was found, then updates a list: the answers so far, what
@@ -383,7 +390,7 @@ def demonstrator(prompt, seen="", fresh=False):
     fresh: only new answers in the list, for an agent whose context keeps older states.
 
     >>> seen = "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero"
-    >>> demonstrator(" #64 : jelo pupil .", seen)
+    >>> faithful(" #64 : jelo pupil .", seen)
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
     questions = read_prompt(prompt)
@@ -410,8 +417,7 @@ def demonstrator(prompt, seen="", fresh=False):
 
     noted = entries(new if fresh else answers)
     state = [*found, LIST, noted, index, *asked(subject, relations), then]
-    query = f"page {subject}" if f" see page {subject}." in info else f"{subject} {relations[0]}"
-    return " ".join(filter(None, state)), "query", query
+    return " ".join(filter(None, state)), "query", f"{subject} {relations[0]}"
 
 
 def aimless(rng, seen, state, kind, text):
@@ -491,10 +497,10 @@ def clutter(rng, env, most):
     if rng.random() < 0.5:
         env.before = others(before, stops)
     else:
-        question = re.match(rf" #\d+ :.*? (#\d+|\{STOP})", env.prompt)
+        question = re.search(OPEN, env.prompt)[0]
         old = INDICES[max(0, first - how_many(MOST_CLUTTER)) : first]
         answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
-        env.notes = f" {LIST} {answers}".rstrip() + question[0]
+        env.notes = f" {LIST} {answers}".rstrip() + f" {question}"
         env.prompt = others(before, 0.0) + env.prompt
 
 

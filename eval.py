@@ -66,10 +66,10 @@ def show(traj, policy):
 def memory(trajs, policy):
     """What the state holds, by turn: {turn: {going, found, held, right, state}}.
 
-        going  share of the episodes that get this far
+        going  share of the episodes that search in this turn
         found  answers that the agent has asked for and been shown so far
         held   share of them in its state (an agent that keeps older states need not repeat them)
-        right  share of turns that are what the demonstrator would write
+        right  share of these turns that are what the demonstrator would write
         state  tokens in the state
     """
     by_turn = {}
@@ -110,6 +110,7 @@ def collect(paths, device):
     """
     one = dict(seeds={}, memory={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]
+    assert len({cfg.env for _, cfg, _ in runs}) == 1, "--table: the runs are of different worlds"
     sizes = []
     for _, _, models in runs:
         weights = next(iter(models.values()))["weights"]
@@ -146,8 +147,9 @@ def look_closer(one, cfg, model, seed, method):
     policy = POLICIES["mem1"]
     n, farthest = min(16, envs.longest_horizon(cfg)), min(64, envs.longest_horizon(cfg))
     episodes = min(64, cfg.eval_episodes)
-    one["seeds"][seed][method][str(farthest)] = measure(
-        model, policy, cfg, farthest, episodes, Stream.TEST)
+    cells = one["seeds"][seed][method]
+    if str(farthest) not in cells:
+        cells[str(farthest)] = measure(model, policy, cfg, farthest, episodes, Stream.TEST)
     trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
     one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
 
@@ -217,10 +219,8 @@ def plot(one, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
     for agents in one["curves"].values():
-        points = np.array(agents.get("mem1", []))  # (iterations, 2); of older runs reward alone
-        if points.ndim == 2:
-            axes[2].plot(points[:, 0], color="C0")
-            axes[2].plot(points[:, 1], color="C1")
+        for k, curve in enumerate(zip(*agents.get("mem1", []))):  # reward, memory
+            axes[2].plot(curve, color=f"C{k}")
     axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
     titles = "questions answered", "peak tokens in context"
@@ -271,8 +271,8 @@ def parse_arguments(argv):
     for number in args.episodes, args.show:
         if number is not None and number < 1:
             refuse("--episodes, --show: expected at least 1")
-    if args.json and (args.show or args.memory):
-        refuse("--json prints a table; drop --show, --memory")
+    if (args.json and (args.show or args.memory)) or (args.plot and not args.table):
+        refuse("--json and --plot are for tables")
     if args.device == "cuda" and not gpu:
         refuse("--device cuda: torch finds no GPU here")
     if not args.run and not args.table:
@@ -289,7 +289,7 @@ def main(argv=None):
             results = tabulate(args)
         else:
             results = evaluate_run(args)
-    except (ValueError, AssertionError, ImportError, AttributeError, OSError) as error:
+    except (ValueError, AssertionError, OSError) as error:
         refuse(str(error))
     if args.json:
         print(json.dumps(results))
@@ -327,12 +327,13 @@ def evaluate_run(args):
         chosen = {name: chosen[name] for name in args.agents}
     if not (args.show or args.memory):
         episodes = args.episodes or cfg.eval_episodes
-        results = table(models, cfg, chosen, episodes, silent if args.json else print)
+        tell = (lambda line: None) if args.json else print
+        results = table(models, cfg, chosen, episodes, tell)
         if not args.json:
             print(trend(results))
         return results
 
-    n = args.objectives[0] if args.objectives else 4 if args.show else min(16, longest)
+    n = (args.objectives or [min(4 if args.show else 16, longest)])[0]
     which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
     assert env.paths or not args.memory, "--memory: in this world a state holds no list of answers"
@@ -344,10 +345,6 @@ def evaluate_run(args):
         else:
             for traj in trajs:
                 show(traj, policy)
-
-
-def silent(line):
-    """For table(): tell nobody."""
 
 
 if __name__ == "__main__":

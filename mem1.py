@@ -337,7 +337,7 @@ def keep_info(turns):
     return turns[-1].action + turns[-1].info
 
 
-POLICIES = {"mem1": keep_last, "full": keep_all, "window": keep_window, "notes": keep_similar,
+POLICIES = {"mem1": keep_last, "full": keep_all, "window": keep_window, "similar": keep_similar,
             "amnesic": keep_info}
 KEEPS_STATES = keep_all, keep_window, keep_similar  # older states stay in view
 
@@ -447,9 +447,9 @@ def play_out(model, trajs, policy, rngs):
         caps = [turn_cap(trajs[e].env) for e in live]
         uniform = None
         if rngs is not None:
-            draws = np.ones((len(live), max(caps)))
+            draws = np.zeros((len(live), max(caps)))
             for b, e in enumerate(live):
-                draws[b, : caps[b]] -= rngs[e].random(caps[b])  # in (0, 1]
+                draws[b, : caps[b]] = 1 - rngs[e].random(caps[b])  # in (0, 1]
             uniform = torch.tensor(draws, device=weight.device, dtype=weight.dtype)  # (B, max cap)
         written, order = write(model, cache, hidden, caps, uniform)
 
@@ -458,8 +458,8 @@ def play_out(model, trajs, policy, rngs):
             trajs[e].close_turn(*turn)
         live = [live[b] for b in order]
         going = torch.tensor([not trajs[e].env.done for e in live], device=weight.device)
-        order = cache.compact(going)[: cache.B].tolist()
-        live = [live[b] for b in order]
+        order = cache.compact(going).tolist()  # cache.B is now the number of those still going
+        live = [live[b] for b in order[: cache.B]]
     for traj in trajs:
         traj.seconds = (time.perf_counter() - started) / len(trajs)
         traj.kv_bytes = cache.bytes // len(trajs)
@@ -546,12 +546,12 @@ class Rows:
     """
     ids: torch.Tensor  # (B, T)
     loss_mask: torch.Tensor  # (B, T) bool: True where the agent chose the token, in this row
-    index: torch.Tensor  # (M,) place of each trained token among all of the trajectories
+    index: torch.Tensor  # (m,) place of each trained token among all M of the trajectories
     attn_mask: object = None  # (B, 1, T, T) bool; None: causal
 
     def to(self, device):
         tensors = vars(self).values()
-        return Rows(*(None if x is None else x.to(device, non_blocking=True) for x in tensors))
+        return Rows(*(None if x is None else x.to(device) for x in tensors))
 
 
 def make_rows(trajs, budget=8192, which=None):
@@ -597,8 +597,8 @@ def collate(chunk):
 
 
 def recorded(trajs, name):
-    """What the sampler recorded ("logp", "value" or "ids") for all trained tokens, flat (M,), one
-    episode after another, in sampling order."""
+    """What the sampler recorded ("logp" or "value") for all trained tokens, flat (M,), one episode
+    after another, in sampling order."""
     flat = []
     for traj in trajs:
         for branch in traj.branches:
@@ -607,7 +607,7 @@ def recorded(trajs, name):
 
 
 def predict(model, rows):
-    """The learner's view of Rows: logp, value, entropy (M,) of the trained tokens, with gradients.
+    """The learner's view of Rows: logp, value, entropy (m,) of the trained tokens, with gradients.
 
     In the exact layout every token has the context in which it was sampled, and the forward pass is
     the sampler's, so logp equals what was recorded, up to rounding. The value's gradient stops at
@@ -616,9 +616,9 @@ def predict(model, rows):
     raw = getattr(model, "module", model)  # without its DDP wrapper
     x = model(rows.ids, mask=rows.attn_mask)  # (B, T, C)
     trained = rows.loss_mask[:, 1:]  # (B, T-1): the row at t predicts ids[t+1]
-    x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (M, C), (M,)
-    logps = raw.logits(x).log_softmax(-1)  # (M, V)
-    logp = logps.gather(-1, target[:, None]).squeeze(-1)  # (M,)
+    x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (m, C), (m,)
+    logps = raw.logits(x).log_softmax(-1)  # (m, V)
+    logp = logps.gather(-1, target[:, None]).squeeze(-1)  # (m,)
     return logp, raw.value(x.detach()), -(logps.exp() * logps).sum(-1)
 
 

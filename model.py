@@ -104,7 +104,7 @@ class Block(nn.Module):
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
-        # At first every token adds 1/55 (the first head) to 1/22000 to the age of earlier ones.
+        # At first a token adds 1/55 (first head) to 1/22000 (last) to the age of all before it.
         self.gate = nn.Linear(C, self.n_head)
         nn.init.zeros_(self.gate.weight)
         self.gate.bias.data = torch.linspace(4, 10, self.n_head)
@@ -139,8 +139,8 @@ def with_age(q, k, clock):
 
     A key is older by what the gates added to the clock since. Its score is q.k/sqrt(hs) + clock of
     the key - clock of the query, and softmax does not care for the last, which is the same for all
-    keys. So the last two channels do it: of the query the constant sqrt(hs), of the key the clock,
-    as a sum of two numbers, since bfloat16 has few digits.
+    keys. So the last two channels are replaced: in the query by the constant sqrt(hs), in the key
+    by the clock, as a sum of two numbers, since bfloat16 has few digits.
     """
     clock = clock.transpose(1, 2)  # (B, nh, T)
     coarse = clock.to(torch.bfloat16).to(clock.dtype)  # (B, nh, T)
@@ -154,14 +154,14 @@ def with_age(q, k, clock):
 
 
 class Cache:
-    """Keys and values of B contexts in static buffers: row b's tokens fill slots 0..n[b]-1.
+    """Keys and values of B contexts in buffers that grow: row b's tokens fill slots 0..n[b]-1.
 
     New tokens are written at slot n[b] and up; whatever lies there from before is overwritten, and
     cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
     prompt, whose keys and values stay valid for the whole episode.
 
-    tail  of the last three tokens, in each layer: the convolution's inputs (2C), and the gates'
-          clocks (nh)
+    tail  in each layer, the inputs of the convolution (2C) and the clocks (nh) of the last three
+          tokens
     """
 
     def __init__(self, model, B):
@@ -239,8 +239,8 @@ class Cache:
         self.n[:B] += n
 
     def extend(self, i, h, clock):
-        """h (B, T, 2C) with the three inputs before it: (B, 3+T, 2C). And clock (B, T, nh), which
-        began at 0, as it goes on from the last."""
+        """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
+        which began at 0, from where the last one stopped."""
         tail, width = self.tail[i, : self.B], h.size(2)
         clock = clock + tail[:, -1:, width:]
         wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from envs import Stream, keyed_rng
-from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recorded, remembered,
-                  rollout)
+from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recall, recorded,
+                  remembered, rollout)
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
@@ -38,8 +38,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     mine = share(cfg.ppo_batch)
     rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
     trajs = rollout(raw, environments, policy, rngs, cfg.play_batch)
-    layout = LAYOUTS[cfg.layout if policy is keep_last else "tree"]
-    views = list(map(layout, trajs))  # what the learner sees
+    layout = cfg.layout if policy is keep_last else "tree"
+    views = list(map(LAYOUTS[layout], trajs))  # what the learner sees
 
     # 2. Compute the advantage of each token that the agent chose.
     sampled_logp = torch.tensor(recorded(trajs, "logp"), **like)  # (M,)
@@ -50,7 +50,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         for rows in make_rows(views, cfg.micro_batch):
             rows = rows.to(device)
             ref_logp[rows.index] = predict(reference, rows)[0]
-            if cfg.layout != "tree":  # as in the paper's code: recomputed by the learner
+            if layout != "tree":  # as in the paper's code: recomputed by the learner
                 old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
     turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)  # (M,)
@@ -62,12 +62,12 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     # 3. Learn.
     sums = torch.zeros(4, **like)  # tokens, entropy, kl, clipped: over all epochs
     gap = torch.zeros((), **like)
-    learned = 0  # tokens in this process's rows, padding included
+    processed = 0  # tokens in this process's rows, padding included
 
-    def losses(rows, n, first):
+    def ppo_loss(rows, n, first):
         nonlocal gap
         i = rows.index
-        logp, value, entropy = predict(model, rows)  # each (m,): loss_mask is applied in there
+        logp, value, entropy = predict(model, rows)  # each (m,): the trained tokens here
         if first:  # nothing has been updated yet: the learner must agree with the sampler
             gap = torch.cat([(logp.detach() - sampled_logp[i]).abs(), gap[None]]).max()
         with torch.no_grad():
@@ -85,17 +85,18 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             which = [mine.index(e) for e in chosen if e in mine]
             batch = make_rows(views, cfg.micro_batch, which)
             n = token_count(batch, device)
-            work = [(losses, rows, n, epoch == k == 0) for rows in batch]
+            first = epoch == k == 0
+            work = [(ppo_loss, rows, n, first) for rows in batch]
             if cfg.exercises:
                 batch = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
                 n = token_count(batch, device)
                 work += [(reading_loss, rows, n) for rows in batch]
             norm = optimizer_step(model, optimizer, work, cfg.grad_clip)
-            learned += sum(rows.ids.numel() for _, rows, *_ in work)
+            processed += sum(rows.ids.numel() for _, rows, *_ in work)
 
     tokens, entropy, kl, clip = all_sum(sums).tolist()
     return dict(
-        mean_over_episodes(trajs), tokens=int(tokens), learned=learned,
+        mean_over_episodes(trajs), tokens=int(tokens), processed=processed,
         norm=norm, kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_max(gap).item())
 
@@ -177,7 +178,7 @@ def mean_over_episodes(trajs):
         memory = remembered(t)
         rows.append(dict(
             reward=t.reward, em=t.env.em, of=t.env.n_objectives, peak=t.peak, turns=len(t.turns),
-            unpruned=len(keep_all(t.turns)),  # what a context would hold that keeps everything
+            unpruned=len(recall(t.env, keep_all, t.turns)),  # what a full context would hold
             found=sum(len(found) for _, found, _ in memory),
             held=sum(len(held) for _, _, held in memory)))
     row = mean_of(rows)

@@ -283,7 +283,7 @@ def test_peak_and_dependency_count_what_each_token_looked_back_on(policy):
     assert (traj.env.em == 5) == (policy in (keep_last, keep_all))  # who keeps less knows less
 
 
-def test_notes_keep_the_turns_most_like_the_query_and_of_equals_the_later():
+def test_similar_keeps_the_turns_most_like_the_query_and_of_equals_the_later():
     said = [7, 8], [7], [9, 7], [], [7, 8]
     turns = [mem1.Turn([IS], [QUERY, *words, END], []) for words in said]
     assert mem1.keep_similar(turns) == keep_all([turns[0], turns[2], turns[4]])
@@ -388,7 +388,7 @@ some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#
 @example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False)
 def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh):
     prompt = " #64 : jelo pupil #65 :: milu pupil neighbour ."
-    turn = envs.demonstrator(prompt, " ".join(seen), fresh)
+    turn = envs.faithful(prompt, " ".join(seen), fresh)
     for state, kind, said in turn, envs.aimless(default_rng(0), " ".join(seen), *turn):
         form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
         assert "<" not in state + said and re.fullmatch(form, said)
@@ -617,7 +617,7 @@ def train_a_little(rank, world_size, folder):
         train.imitate(learner, sgd(gpt), make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, sgd(gpt), talkative(1), mine, keep_last, cfg, step)
-    del row["learned"]  # tokens of this process, padding included
+    del row["processed"]  # tokens of this process, padding included
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
     if world_size > 1:
         dist.barrier()  # nobody leaves while another waits for it
@@ -773,7 +773,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --env shop: --clutter 0; --env count: --demos faithful --clutter 0
 --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
---out {}: holds a run already
+--clutter 5: clutter; --env web --facts /none: drop --env; --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
@@ -863,7 +863,7 @@ turn cap one too few | mem1.write | t + 1 < cap[row] | t + 2 < cap[row] | an_epi
 turn cap one too many beside others | mem1.write | t + 1 < cap[row] | t < cap[row] | an_episode
 every row has the longest cap | mem1.write | tensor(caps, | tensor([max(caps)] * B, | an_episode
 text after <end> is accepted | mem1.parse | ids[-1:] != [END] | not ids | the_parser
-ties between notes go to the earlier | mem1.keep_similar | ), t | ), -t | notes
+ties between turns go to the earlier | mem1.keep_similar | ), t | ), -t | similar
 entropy is minus logp | mem1.predict | -(logps.exp() * logps).sum(-1) | -logp | rows_equal
 one turn beyond the budget | envs.Env.step | left > 0 | left >= 0 | the_environment
 imitation lowers the likelihood | ppo.nll | -logp | logp | imitation

@@ -89,6 +89,7 @@ class Config:
     primer_batch: int = 64  # exercises per step
     primer_lr: float = 3e-3
     primer_longest: int = 32  # items in a list, reached after 60% of the steps
+    exercises: int = 16  # beside each demos batch and PPO minibatch, or reading skills erode
     # demos
     demos_steps: int = 800
     demos_batch: int = 32  # episodes per step
@@ -107,21 +108,20 @@ class Config:
     lam: float = 1.0
     layout: str = "tree"  # of mem1's trajectories in PPO; all but tree are inexact (mem1.py)
     # optimisation
-    exercises: int = 16  # reading exercises beside each demos batch and minibatch, or skills erode
     grad_clip: float = 1.0
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations and checkpoints; other stages: 25 times
-    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; spare turns go up to theirs
+    eval_every: int = 20  # ppo steps between validations and checkpoints; 25 times as many in demos
+    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; turn budgets go up to theirs
     eval_episodes: int = 128  # per cell of the final table
-    valid_episodes: int = 64  # a validation
+    valid_episodes: int = 64  # per validation
 
 
 PRESETS = {
     "cpu": {},
     "debug": dict(
-        out="runs/debug", nproc=1, n_layer=2, n_embd=48, n_head=2, primer_steps=40,
+        out="runs/debug", nproc=1, n_layer=2, n_embd=48, primer_steps=40,
         primer_longest=4, demos_steps=40, demos_batch=8, exercises=8, ppo_steps=4, ppo_batch=8,
         eval_every=2, eval_objectives=(1, 2, 4), eval_episodes=8,
         valid_episodes=4),
@@ -212,8 +212,9 @@ def imitate(learner, optimizer, batch, cfg):
         return nll / n
 
     norm = ppo.optimizer_step(learner, optimizer, [(loss, rows) for rows in batch], cfg.grad_clip)
-    learned = sum(rows.ids.numel() for rows in batch)
-    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n), learned=learned)
+    processed = sum(rows.ids.numel() for rows in batch)  # padding included
+    loss = (ppo.all_sum(total) / n).item()
+    return dict(loss=loss, norm=norm, tokens=int(n), processed=processed)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ def training_env(cfg, stream, step, i, n_objectives=None):
 
 def ppo_env(cfg, step, i, most_turns):
     """The environment of one episode of PPO. All are of one size, otherwise returns would differ
-    mostly by the number of objectives. Half of them have turns to spare: PPO unlearns what it does
-    not practise, and an agent that was not told `left=24` any more took it as a reason to answer.
+    mostly by the number of objectives. Half of those that end with a `.` have turns to spare: PPO
+    unlearns what it does not practise, and an agent that was not told `left=24` any more took it as
+    a reason to answer.
 
     >>> sum(ppo_env(Config(), 0, i, 66).max_turns > 10 for i in range(100))
     33
@@ -302,8 +304,13 @@ def with_data(stage, make, cfg):
 def ignore_signals(worker):
     """SIGINT and SIGTERM may go to the whole process group. A data worker that dies of one takes
     the training process with it, before that has finished its step and saved."""
+    on_signal(signal.SIG_IGN)
+
+
+def on_signal(handler):
+    """What SIGINT and SIGTERM do from now on."""
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -336,7 +343,7 @@ def measure(model, policy, cfg, n_objectives, episodes, split):
 
 
 def validate(model, agent, cfg):
-    """EM and peak at 2 and at 16 objectives: {"em@2": ..., "peak@16": ...}."""
+    """EM and peak at 2 and 16 objectives, or the most tested: {"em@2": ..., "peak@16": ...}."""
     found = {}
     for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
         r = measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, Stream.VALID)
@@ -349,8 +356,8 @@ def methods(models, snapshots=False):
     snapshots, and `truncate`, which runs the weights of full context with MEM1's context."""
     found = {}
     for name in models:
-        agent, way, _ = re.split("(-demos|@|$)", name, maxsplit=1)
-        if agent in POLICIES and (snapshots or way != "@"):
+        agent = re.split("-demos|@", name)[0]
+        if agent in POLICIES and (snapshots or "@" not in name):
             found[name] = name, POLICIES[agent]
     if "full" in models:
         found["truncate"] = "full", keep_last
@@ -438,7 +445,7 @@ def begin_stage(run, kind, agent, base):
     if dist.is_initialized():
         learner = torch.nn.parallel.DistributedDataParallel(model)
     steps = getattr(cfg, f"{kind}_steps")
-    hide = True if ppo.process()[0] else None  # None: where there is no terminal
+    hide = True if ppo.process()[0] else None  # None: hidden where there is no terminal
     bar = tqdm(range(start, steps), name, initial=start, total=steps, disable=hide, leave=False)
     return Stage(kind, agent, name, steps, bar, model, learner, optimizer)
 
@@ -456,7 +463,7 @@ def end_step(run, stage, step, row):
     took, stage.step_began = now - stage.step_began, now
     row["tok_s"] = row.pop("tokens") / took
     weights = sum(p.numel() for p in stage.model.parameters())
-    row["mfu"] = 6 * weights * row.pop("learned") / took / run.peak_flops  # attention not counted
+    row["mfu"] = 6 * weights * row.pop("processed") / took / run.peak_flops  # attention not counted
     minutes = (now - run.started) / 60
     row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
     if ppo.process()[0] == 0:
@@ -635,10 +642,9 @@ def prepare(cfg):
     elif cfg.start:
         models = load_run(cfg.start)[1]
         for agent in cfg.agents:
-            assert f"{agent}-demos" in models, f"--start {cfg.start}: it has no {agent}-demos"
-            saved = models[f"{agent}-demos"]
-            same = GPTConfig(**saved["config"]) == gpt_config(cfg)
-            assert same, f"--start {cfg.start}: its model, dtype or vocabulary differs"
+            saved = models.get(f"{agent}-demos")
+            if not saved or GPTConfig(**saved["config"]) != gpt_config(cfg):
+                stop(f"--start {cfg.start}: no {agent}-demos with this model, dtype and vocabulary")
             state["models"][f"{agent}-demos"] = saved
     run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
     if ppo.process()[0] == 0:
@@ -650,8 +656,7 @@ def prepare(cfg):
             file.truncate(min(file.tell(), state["log_bytes"]))
     if not cfg.resume:
         save(run)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: run.signals.append(number))
+    on_signal(lambda number, frame: run.signals.append(number))
     return run
 
 
@@ -680,8 +685,7 @@ def train(cfg):
         if agent not in done:
             train_ppo(run, agent)
 
-    for number in signal.SIGINT, signal.SIGTERM:  # all is saved
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signals:
         sys.exit(128 + run.signals[-1])
     results = table(done, cfg, methods(done), cfg.eval_episodes, say)
@@ -743,6 +747,7 @@ def configure(given):
         if cfg.start:
             load_run(cfg.start)
     if cfg.facts:
+        assert cfg.env in ("qa", "facts"), "--facts has a world of its own: drop --env"
         cfg.env, cfg.facts = "facts", os.path.abspath(cfg.facts)  # experiments/facts.py
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
@@ -775,18 +780,14 @@ def check(cfg):
     assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
     assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
         f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more whole channels per head")
+    assert cfg.clutter <= 1, f"--clutter {cfg.clutter}: expected a share, 0 to 1"
     assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
     assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
-    try:
-        longest = envs.longest_horizon(cfg)
-        envs.extra_words(cfg)  # reads a file of facts
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--env {cfg.env}: no such world in experiments/ ({error})")
-    if cfg.env == "shop":
-        assert cfg.clutter == 0, "--env shop: add --clutter 0, which suits this world"
-    elif cfg.env not in ("qa", "web"):
-        assert (cfg.demos, cfg.clutter) == ("faithful", 0), (
-            f"--env {cfg.env}: add --demos faithful --clutter 0, which suit this world")
+    longest = envs.longest_horizon(cfg)
+    envs.extra_words(cfg)  # reads a file of facts
+    needs = {} if cfg.env == "qa" else envs.world_module(cfg.env).NEEDS
+    flags = " ".join(f"--{flag} {value}" for flag, value in needs.items())
+    assert needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}, which suits it"
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
 
@@ -825,7 +826,7 @@ def main(argv=None):
         train(cfg)
     except FloatingPointError as error:
         stop(f"{error}; start again with a lower learning rate")
-    except (AssertionError, ValueError, OSError) as error:
+    except OSError as error:
         stop(f"{error}; nothing written before is lost; {how_to_go_on(cfg)}")
     except RuntimeError as error:
         if not dist.is_initialized():

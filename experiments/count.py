@@ -4,10 +4,11 @@
 """
 import re
 
-from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, demonstrator, invent,
+from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, faithful, invent,
                   read_answers, words)
 
 LONGEST = len(INDICES) - 1  # questions: the count is said by an index
+NEEDS = {"demos": "faithful", "clutter": 0}
 
 
 class CountQA(ComposedQA):
@@ -54,7 +55,7 @@ class CountQA(ComposedQA):
         """
         counted = r"; (#\d+) (?=#\d+ :)"
         count = ([self.start] + re.findall(counted, seen))[-1]
-        state, kind, text = demonstrator(self.prompt, re.sub(counted, "; ", seen), fresh=True)
+        state, kind, text = faithful(self.prompt, re.sub(counted, "; ", seen), fresh=True)
         found, _, listed = state.partition(LIST)
         if kind == "answer":
             found, listed = state.removesuffix(STOP), text

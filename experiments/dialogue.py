@@ -13,6 +13,7 @@ from envs import (INDICES, LIST, STOP, WORD, ComposedQA, asked, entries, questio
                   questions_from, read_prompt, take_up)
 
 LONGEST = len(INDICES)  # objectives
+NEEDS = {"demos": "faithful", "clutter": 0}
 SAID = rf"user (#\d+) (?:-|:+ (#?{WORD})((?: (?!user ){WORD})+))"  # see said()
 ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a list of answers; SAID may follow it
 

@@ -24,6 +24,7 @@ from envs import INDICES, WORD, WORDS, ComposedQA, score
 from experiments.web import KnowledgeBase
 
 LONGEST = len(INDICES)  # objectives
+NEEDS = {"demos": "faithful", "clutter": 0}
 
 
 def name_of(text):

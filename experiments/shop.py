@@ -17,6 +17,7 @@ TRAITS = "cotton warm light round small soft matt thin plain strong old new".spl
 COLORS = "red blue green black white grey".split()
 PAGE = 2  # products a page: so few that short tasks have several pages, too
 LONGEST = len(INDICES) * 2 // 3  # with half as many other products, each of which has an index
+NEEDS = {"clutter": 0}
 
 
 class Shop(Env):

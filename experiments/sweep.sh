@@ -21,7 +21,7 @@ mem1      --agents mem1
 full      --agents full
 full-2x   --agents full --n-embd 136
 faithful  --agents mem1 --demos faithful
-others    --agents window notes
+others    --agents window similar
 amnesic   --agents amnesic --clutter 0
 END
 }

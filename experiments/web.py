@@ -7,12 +7,14 @@ Unlike the private facts of envs.ComposedQA, these pages are the same in all epi
 stands there could be learned by heart.
 """
 import functools
+import re
 
 import numpy as np
 
 from envs import INDICES, NAMES, RELATIONS, ComposedQA, SearchIndex, words
 
 LONGEST = len(INDICES)  # objectives
+NEEDS = {}
 
 
 class KnowledgeBase:
@@ -104,6 +106,14 @@ class WebQA(ComposedQA):
 
     def compose(self, indices, hops, kind, names, rng):
         return corpus().draw(len(indices), hops, rng), corpus().index
+
+    def expert(self, seen, fresh=False):
+        """The demonstrator, who opens a page if a search says to."""
+        state, kind, text = super().expert(seen, fresh)
+        hint = re.search(r" see page (\S+)\.", seen.rpartition("<info>")[2])
+        if kind == "query" and hint and text.startswith(f"{hint[1]} "):
+            text = f"page {hint[1]}"
+        return state, kind, text
 
     def search(self, query):
         query = " ".join(words(query)[:64])
