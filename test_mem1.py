@@ -277,10 +277,14 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, end
 
 @parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_peak_and_dependency_count_what_each_token_looked_back_on(policy):
-    traj = demonstrate(ComposedQA(5, seed=1), policy)
+    env = ComposedQA(5, seed=1)
+    env.notes = " ; #1 jelo"
+    traj = demonstrate(env, policy)
     looked = [len(context) - len(traj.prompt) for context, _ in contexts(traj, policy)]
     assert traj.peak == max(looked) + 1 and traj.dependency == sum(looked) + len(looked) / 2
-    assert (traj.env.em == 5) == (policy in (keep_last, keep_all))  # who keeps less knows less
+    assert (env.em == 5) == (policy in (keep_last, keep_all))  # who keeps less knows less
+    unpruned = ppo.mean_over_episodes([traj])["unpruned"]
+    assert unpruned == traj.peak if policy is keep_all else unpruned > traj.peak
 
 
 def test_similar_keeps_the_turns_most_like_the_query_and_of_equals_the_later():
