@@ -174,9 +174,8 @@ def report(one):
 
 
 README_AGENTS = {"mem1-demos": "mem1, aimless notes imitated", "mem1": "mem1, after PPO",
-                 "mem1-demos-faithful": "mem1, faithful notes imitated",
-                 "mem1-faithful": "mem1, faithful, after PPO", "full": "full context",
-                 "full-2x": "full context, twice the weights", "amnesic": "no memory"}
+                 "mem1-demos-faithful": "mem1, faithful notes imitated", "full": "full context",
+                 "full-2x": "full context, twice the weights"}
 
 
 def readme_table(one):
@@ -189,7 +188,7 @@ def readme_table(one):
         if method not in trained:
             continue
         em = [cell(one, method, n, "em", ".2f") for n in horizons]
-        peak = [cell(one, method, n, "peak", ".0f") for n in horizons]
+        peak = [cell(one, method, n, "peak", ".0f").partition(" ±")[0] for n in horizons]
         rows.append([text, *em, *peak])
     return markdown(head, rows)
 

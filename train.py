@@ -294,17 +294,13 @@ def with_data(stage, make, cfg):
 
     The data set is the steps themselves; collate_fn, which torch calls in the worker, is make.
     """
+    # SIGINT and SIGTERM may go to the whole process group. A worker that dies of one takes this
+    # process with it, before that has finished its step and saved. So workers ignore them.
     loader = torch.utils.data.DataLoader(
         range(stage.steps), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=make,
         num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
-        worker_init_fn=ignore_signals)
+        worker_init_fn=lambda worker: on_signal(signal.SIG_IGN))
     return zip(stage.steps_left, loader)
-
-
-def ignore_signals(worker):
-    """SIGINT and SIGTERM may go to the whole process group. A data worker that dies of one takes
-    the training process with it, before that has finished its step and saved."""
-    on_signal(signal.SIG_IGN)
 
 
 def on_signal(handler):
