@@ -298,7 +298,8 @@ class SearchIndex:
 
 def world_module(name):
     """Another world: a module of experiments/ with make_env(), extra_words(), LONGEST objectives,
-    and NEEDS, the flags {name: value} that suit it. ValueError if there is none."""
+    and NEEDS, the flags {name: value} that it has to be trained with. ValueError if there is
+    none."""
     try:
         module = importlib.import_module(f"experiments.{name}")
         module.NEEDS

@@ -288,7 +288,7 @@ def main(argv=None):
             results = tabulate(args)
         else:
             results = evaluate_run(args)
-    except (ValueError, AssertionError, OSError) as error:
+    except (ValueError, AssertionError, ImportError, OSError) as error:  # or no matplotlib
         refuse(str(error))
     if args.json:
         print(json.dumps(results))

@@ -112,7 +112,7 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations and checkpoints; 25 times as many in demos
+    eval_every: int = 20  # ppo steps between validations and checkpoints; in other stages 25 times
     eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; turn budgets go up to theirs
     eval_episodes: int = 128  # per cell of the final table
     valid_episodes: int = 64  # per validation
