@@ -1,6 +1,6 @@
 """web.py: the same questions, asked of one small web of prose, through an unreliable search engine.
 
-    python train.py --env web --demos faithful --objectives 1 4 --out runs/web
+    python train.py --env web --eval-objectives 1 2 4 8 --out runs/web
     python eval.py RUN --env web                    # an agent trained elsewhere, zero-shot
 
 Unlike the private facts of envs.ComposedQA, these pages are the same in all episodes, so what
