@@ -110,7 +110,7 @@ def collect(paths, device):
     """
     one = dict(seeds={}, memory={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]
-    assert len({cfg.env for _, cfg, _ in runs}) == 1, "--table: the runs are of different worlds"
+    assert len({cfg.env for _, cfg, _ in runs}) == 1, "--table: runs of different worlds"
     sizes = []
     for _, _, models in runs:
         weights = next(iter(models.values()))["weights"]

@@ -785,7 +785,8 @@ def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     assert code > 0 and words in line
 
 
-@parametrize("flags", ["--episodes 0", "--show 0", "--json --memory", "--agents nobody"])
+@parametrize("flags", ["--episodes 0", "--show 0", "--json --memory", "--agents nobody",
+                         "--plot none.png", "--env nowhere"])
 def test_eval_refuses_bad_flags_in_one_line(finished, flags):
     code, (line,) = run(finished, *flags.split(), main=evaluation.main)
     assert code == 2 and flags.split()[0] in line

@@ -776,14 +776,14 @@ def check(cfg):
     assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
     assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
         f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more whole channels per head")
-    assert cfg.clutter <= 1, f"--clutter {cfg.clutter}: expected a share, 0 to 1"
+    assert cfg.clutter <= 1, "--clutter: expected 0 to 1"
     assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
     assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
     longest = envs.longest_horizon(cfg)
     envs.extra_words(cfg)  # reads a file of facts
     needs = {} if cfg.env == "qa" else envs.world_module(cfg.env).NEEDS
     flags = " ".join(f"--{flag} {value}" for flag, value in needs.items())
-    assert needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}, which suits it"
+    assert needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}"
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
 
