@@ -47,9 +47,9 @@ class Stream(IntEnum):
 def keyed_rng(seed, stream, step, episode, what=0):
     """The generator of one thing: what it draws depends on its key and on nothing else.
 
-    `what` tells several draws of one episode apart: 0 the task, 1 the number of objectives, 2 the
-    agent's or the demonstrator's choices, 3 the shuffling of minibatches, 4 the clutter around the
-    task, 5 the turn budget in PPO.
+    `what` tells several draws of one episode apart: 0 the task, 1 which piece of it is the agent's
+    and what was noted before, 2 the agent's or the demonstrator's choices, 3 the shuffling of
+    minibatches.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
@@ -74,8 +74,6 @@ WORDS += ["left", "answer", "now", "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
-MOST_CLUTTER = 20  # random notes; in demonstrations also questions on each side of a task
-PPO_CLUTTER = 4  # such questions in PPO, where a few are enough, and long prompts cost time
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
@@ -106,15 +104,14 @@ def asked(subject, relations):
 
 class Env:
     """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), mark(), expert()
-    and, for aimless notes, aimless().
+    and, for random notes, random_notes().
 
-    prompt  the task as text
-    golds   [(index, answer), ...], the right answers
-    paths   {index: facts that lead to the answer}, if any
-    width   most tokens in a name
-    before  text that stands before the task
-    notes   a state that the first turn reads as if it had been written before; "" for none
-    open_ended  no `.` ends the task; the turns run out instead
+    prompt       the task as text
+    golds        [(index, answer), ...], the right answers
+    paths        {index: facts that lead to the answer}, if any
+    width        most tokens in a name
+    n_questions  in the prompt; the agent's own n_objectives are a piece of them: see take_piece()
+    history      turns played before the agent's first one, as mem1.Turn
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
@@ -123,10 +120,9 @@ class Env:
     def __init__(self, n_objectives, max_turns):
         self.n_objectives = n_objectives
         self.max_turns = max_turns
+        self.n_questions = n_objectives
+        self.history = []
         self.width = 1
-        self.before = ""
-        self.notes = ""
-        self.open_ended = False
         self.paths = {}
         self.turn = 0
         self.done = False
@@ -204,13 +200,19 @@ class ComposedQA(Env):
         """(em, f1) of an answer."""
         return score(text, self.golds)
 
+    def take_piece(self, first, n):
+        """Score n questions from number `first` on, and no others."""
+        self.n_objectives = n
+        self.golds = self.golds[first : first + n]
+        self.paths = {index: self.paths[index] for index, _ in self.golds}
+
     def expert(self, seen, fresh=False):
         """What the demonstrator would write: it sees what the agent sees, no more."""
-        return faithful(self.prompt, seen, fresh)
+        return oracle_notes(self.prompt, seen, fresh)
 
-    def aimless(self, seen, rng):
-        """The same with aimless notes."""
-        return aimless(rng, seen, *self.expert(seen))
+    def random_notes(self, seen, rng):
+        """The same with random notes."""
+        return random_notes(rng, seen, *self.expert(seen))
 
 
 def invent(indices, hops, kind, pool, rng):
@@ -373,8 +375,8 @@ def answers_shown(paths, query, info):
 # The demonstrator
 
 
-def faithful(prompt, seen="", fresh=False):
-    """A turn (state, kind, text) of the faithful demonstrator, given the prompt and `seen`.
+def oracle_notes(prompt, seen="", fresh=False):
+    """A turn (state, kind, text) of the demonstrator, given the prompt and `seen`.
 
     `seen` is the context kept from earlier turns, as text. Like the agent, it has no memory of its
     own. Its state first says what was found, then updates a list: the answers so far, what
@@ -391,7 +393,7 @@ def faithful(prompt, seen="", fresh=False):
     fresh: only new answers in the list, for an agent whose context keeps older states.
 
     >>> seen = "<IS> ; #64 : jelo pupil .<query> jelo pupil<end><info> left=3 jelo pupil jero"
-    >>> faithful(" #64 : jelo pupil .", seen)
+    >>> oracle_notes(" #64 : jelo pupil .", seen)
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
     questions = read_prompt(prompt)
@@ -421,24 +423,24 @@ def faithful(prompt, seen="", fresh=False):
     return " ".join(filter(None, state)), "query", f"{subject} {relations[0]}"
 
 
-def aimless(rng, seen, state, kind, text):
-    """The same turn (state, kind, text) as written by a demonstrator whose notes are aimless.
+def random_notes(rng, seen, state, kind, text):
+    """The same turn (state, kind, text) as written by a demonstrator whose notes are random.
 
-    It searches and answers like the faithful demonstrator, but when it leaves a question it notes
-    the index with a name picked at random from the facts in view, which is the answer one time in
-    six. One turn in ten it drops its list. So imitation teaches taking notes and copying them, but
-    not which notes are worth it: that is left to the reward.
+    It searches, carries on its list and answers like the other one. But when it leaves a question,
+    it notes the index with a name picked at random from the facts in view, which is the answer one
+    time in six. So imitation teaches how to note, but not what is worth noting: that is left to the
+    reward.
 
     >>> seen = ("<IS> ; #63 pali #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
     >>> turn = "jelo pupil jero ; #63 pali #64 jero #65 : milu heir .", "query", "milu heir"
-    >>> for seed in 10, 3, 9:
-    ...     aimless(np.random.default_rng(seed), seen, *turn)[0]
-    'jelo pupil jero ; #63 pali #64 veba #65 : milu heir .'
-    'jelo pupil jero ; #64 jelo #65 : milu heir .'
+    >>> for seed in 0, 1, 4:
+    ...     random_notes(np.random.default_rng(seed), seen, *turn)[0]
     'jelo pupil jero ; #63 pali #64 jero #65 : milu heir .'
+    'jelo pupil jero ; #63 pali #64 veba #65 : milu heir .'
+    'jelo pupil jero ; #63 pali #64 jelo #65 : milu heir .'
     """
-    notes = {} if rng.random() < 0.1 else read_answers(seen)
+    notes = read_answers(seen)
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
@@ -455,62 +457,8 @@ def aimless(rng, seen, state, kind, text):
     return state, kind, entries(notes)
 
 
-def clutter(rng, env, most):
-    """Make a task a window in a longer list: up to `most` other questions stand on each side of it,
-    and need no answer.
-
-    In half of the episodes `<task>` marks where the window begins. In the others it comes before
-    all questions, and the episode begins with a given state: the first question of the window is
-    open, and up to MOST_CLUTTER indices before it have a random name as answer. In half of the
-    episodes with questions after it, no `.` ends the window: the turns run out. So an agent cannot
-    learn that the question it takes up next is always the second, or always the last.
-
-    >>> env = ComposedQA(1, seed=3)
-    >>> clutter(np.random.default_rng(3657), env, MOST_CLUTTER)
-    >>> f"{env.before}<task>{env.prompt}"
-    '<task> #63 : zapo deputy #64 : jelo pupil #65 : tobe mentor'
-    >>> env.notes, env.max_turns  # enough to search once and to answer
-    (' ; #63 fapu #64 : jelo pupil #65', 2)
-    """
-    asked_for = re.findall(r"#\d+", env.prompt)
-    first, last = INDICES.index(asked_for[0]), INDICES.index(asked_for[-1])
-
-    def how_many(most):
-        return int(rng.integers(most + 1))
-
-    def others(indices, stops):  # stops: share of the questions that end with a `.`
-        some = []
-        for index in indices:
-            chosen = rng.permutation(len(RELATIONS))[: rng.integers(1, 3)]
-            name = NAMES[rng.integers(len(NAMES))]
-            some += [index, *asked(name, [RELATIONS[r] for r in chosen])]
-            some += [STOP] if rng.random() < stops else []
-        return "".join(f" {word}" for word in some)
-
-    before = INDICES[max(0, first - how_many(most)) : first]
-    after = INDICES[last + 1 :][: how_many(most)]
-    stops = rng.random()
-    if after and rng.random() < 0.5:
-        env.open_ended = True
-        env.prompt = env.prompt.removesuffix(f" {STOP}")
-        env.max_turns = min(env.max_turns, sum(map(len, env.paths.values())) + 1)
-    env.prompt += others(after, stops)
-    if rng.random() < 0.5:
-        env.before = others(before, stops)
-    else:
-        question = re.search(OPEN, env.prompt)[0]
-        old = INDICES[max(0, first - how_many(MOST_CLUTTER)) : first]
-        answers = entries({index: NAMES[rng.integers(len(NAMES))] for index in old})
-        env.notes = f" {LIST} {answers}".rstrip() + f" {question}"
-        env.prompt = others(before, 0.0) + env.prompt
-
-
 def read_prompt(prompt):
-    """A prompt as text -> its questions [(index, subject, relations, next index), ...].
-
-    It ends at the first `.`; what follows is not asked for.
-    """
-    prompt = prompt.partition(f" {STOP}")[0] + f" {STOP}"
+    """A prompt as text -> its questions [(index, subject, relations, next index), ...]."""
     sections = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
     return [(index, subject, rest.split(), then) for index, subject, rest, then in sections]
 

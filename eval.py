@@ -5,14 +5,15 @@
     python eval.py runs/cpu --memory         # what the state holds at 16, turn by turn
     python eval.py --table runs/*-seed-?     # all tables, from several seeds, as markdown
 
-Greedy decoding. Test episodes come from keys that no training and no validation episode has.
+Greedy decoding, and for a method called -sampled as in PPO, at temperature 1. Test episodes come
+from keys that no training and no validation episode has.
 
     em, f1      objectives answered exactly, and their token F1, summed over the objectives (0..N)
     peak        most tokens in context over the turns, prompt not counted, as in the paper; averaged
                 over all episodes (the paper's code averages over those with some success)
     dependency  tokens each written token looked back on, summed, prompt not counted (app. A.4)
     turns       exchanges with the environment
-    valid       share of turns that are well-formed
+    malformed   share of episodes that end in a malformed turn, or one cut off at the length limit
     right       share of turns that are, word for word, what the demonstrator would write, given
                 what the agent saw
     time        seconds per episode, many played side by side
@@ -102,8 +103,8 @@ def memory_table(rows):
 
 def collect(paths, device):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos faithful
-    `mem1-faithful`.
+    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos oracle
+    `mem1-oracle`.
 
     This also plays mem1: what its state holds at 16 objectives, and its measures at 64, the longest
     horizon, if the run has indices for it.
@@ -120,7 +121,7 @@ def collect(paths, device):
             raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
         times = round(size / min(sizes))
         variant = f"-{times}x" if times > 1 else ""
-        variant += "-faithful" if cfg.demos == "faithful" else ""
+        variant += "-oracle" if cfg.demos == "oracle" else ""
         results = json.loads((path / "results.json").read_text())
         one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
         seed = str(cfg.seed)
@@ -173,8 +174,9 @@ def report(one):
     return tables
 
 
-README_AGENTS = {"mem1-demos": "mem1, aimless notes imitated", "mem1": "mem1, after PPO",
-                 "mem1-demos-faithful": "mem1, faithful notes imitated", "full": "full context",
+README_AGENTS = {"mem1-demos": "mem1, random notes imitated", "mem1": "mem1, after PPO",
+                 "mem1-demos-oracle": "mem1, oracle notes imitated", "full": "full context",
+                 "full-list": "full context that lists all",
                  "full-2x": "full context, twice the weights"}
 
 
@@ -336,8 +338,9 @@ def evaluate_run(args):
     which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
     assert env.paths or not args.memory, "--memory: in this world a state holds no list of answers"
-    for name, (source, policy) in chosen.items():
-        trajs = play(load_model(models[source], cfg.device), policy, cfg, n, which, Stream.TEST)
+    for name, (source, policy, sampled) in chosen.items():
+        model = load_model(models[source], cfg.device)
+        trajs = play(model, policy, cfg, n, which, Stream.TEST, sampled)
         print(f"--- {name}, {n} objectives, {len(which)} episodes")
         if args.memory:
             print(memory_table(memory(trajs, policy)))

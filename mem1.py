@@ -277,7 +277,7 @@ def picture(traj):
 
 def sketch(policy, turns):
     """The smallest trajectory of `turns` turns: state, query and info are one token each."""
-    env = SimpleNamespace(step=lambda kind, text: "", done=False, notes="")
+    env = SimpleNamespace(step=lambda kind, text: "", done=False, history=[])
     traj = Trajectory(env, [TASK])
     for t in range(turns):
         env.done = t == turns - 1
@@ -314,6 +314,13 @@ def keep_all(turns):
     return [token for turn in turns for token in turn.state + turn.action + turn.info]
 
 
+def keep_all_relist(turns):
+    """Full context, too. But where the demonstrator's state holds only the new answer with keep_all,
+    since the others are still in view, here it repeats the whole list, as with keep_last: what does
+    MEM1 owe to rewriting its state, and what to pruning the rest?"""
+    return keep_all(turns)
+
+
 def keep_window(turns):
     """The last three turns: a truncated history."""
     return keep_all(turns[-3:])
@@ -337,21 +344,13 @@ def keep_info(turns):
     return turns[-1].action + turns[-1].info
 
 
-POLICIES = {"mem1": keep_last, "full": keep_all, "window": keep_window, "similar": keep_similar,
-            "amnesic": keep_info}
-KEEPS_STATES = keep_all, keep_window, keep_similar  # older states stay in view
-
-
-def past(env, turns):
-    """The turns a policy chooses from. Notes given at the start count as an earlier turn."""
-    if not env.notes:
-        return turns
-    return [Turn([IS, *ENC.encode_ordinary(env.notes)], [], []), *turns]
+POLICIES = {"mem1": keep_last, "full": keep_all, "full-list": keep_all_relist,
+            "window": keep_window, "similar": keep_similar, "amnesic": keep_info}
 
 
 def recall(env, policy, turns):
     """What the next turn sees of the past, as ids."""
-    turns = past(env, turns)
+    turns = env.history + turns
     return policy(turns) if turns else []
 
 
@@ -360,20 +359,20 @@ def recall(env, policy, turns):
 
 
 def prompt_ids(env):
-    """What every turn sees: the task after its tag, and any text that comes before that."""
-    return [*ENC.encode_ordinary(env.before), TASK, *ENC.encode_ordinary(env.prompt)]
+    """What every turn sees: the task after its tag."""
+    return [TASK, *ENC.encode_ordinary(env.prompt)]
 
 
 def expert(env, policy, turns, rng=None):
     """What the demonstrator would write after `turns`, as ids. It sees what `policy` keeps.
 
-    rng: None for faithful notes; a numpy Generator for aimless ones.
+    rng: None for oracle notes; a numpy Generator for random ones.
     """
     seen = ENC.decode(recall(env, policy, turns))
-    if rng is None:
-        state, kind, text = env.expert(seen, fresh=policy in KEEPS_STATES)
+    if rng is None:  # with keep_all, older answers stay in view: no need to list them again
+        state, kind, text = env.expert(seen, fresh=policy is keep_all)
     else:
-        state, kind, text = env.aimless(seen, rng)
+        state, kind, text = env.random_notes(seen, rng)
     ids = ENC.encode_ordinary(" " + state if state else "")
     ids.append(QUERY if kind == "query" else ANSWER)
     return ids + ENC.encode_ordinary(" " + text if text else "") + [END]
@@ -386,6 +385,23 @@ def demonstrate(env, policy, rng=None):
         traj.open_turn(policy)
         traj.close_turn(expert(env, policy, traj.turns, rng))
     return traj
+
+
+def play_history(env, policy, first, rng=None):
+    """Let the demonstrator answer the questions before number `first`, under this context policy and
+    with its own kind of notes. What it does stands in env.history: turns as any others.
+
+    The turn that takes up question `first` is the agent's: it sees what it would see at this point
+    if it had to answer all questions. (Should the turns run out before, it begins with the last.)
+    """
+    start = envs.read_prompt(env.prompt)[first][0]
+    while True:
+        kind, state, action, text = parse(expert(env, policy, [], rng))
+        taken_up = re.findall(envs.OPEN, ENC.decode(state))
+        if kind == "answer" or taken_up[-1][0] == start:
+            return
+        info = [INFO, *ENC.encode_ordinary(env.step(kind, text))]
+        env.history.append(Turn([IS, *state], action, info))
 
 
 def exercise(cfg, step, i, longest):
@@ -404,9 +420,9 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Most tokens that an agent may write in a turn: index and name for each objective and for the
-    most notes that clutter adds, plus room for the rest."""
-    return (1 + env.width) * (env.n_objectives + envs.MOST_CLUTTER) + 8 * (2 + env.width)
+    """Most tokens that an agent may write in a turn: index and name for each question, plus room for
+    the rest."""
+    return (1 + env.width) * env.n_questions + 8 * (2 + env.width)
 
 
 def rollout(model, environments, policy, rngs=None, batch=64):
@@ -662,11 +678,10 @@ def stitched(traj, released=False):
     """
     branch = Branch()
     turn, part = [-1] * len(traj.prompt), ["prompt"] * len(traj.prompt)
-    turns = past(traj.env, traj.turns)
-    given = len(turns) - len(traj.turns)
-    for t, this in enumerate(turns):
+    history = traj.env.history
+    for t, this in enumerate(history + traj.turns):
         branch.extend(this.state[:1], loss_mask=False)  # its <IS> is given
-        branch.extend(this.written, loss_mask=t >= given)
+        branch.extend(this.written, loss_mask=t >= len(history))
         branch.extend(this.info, loss_mask=False)
         for name, ids in vars(this).items():  # state, action, info
             turn += [t] * len(ids)

@@ -42,14 +42,15 @@ import model
 import ppo
 import train
 from envs import ComposedQA, Stream, keyed_rng
-from mem1 import (ANSWER, END, ENC, IS, LAYOUTS, POLICIES, QUERY, TAG_IDS, demonstrate, exercise,
-                  keep_all, keep_last, make_rows, predict, recorded, remembered, rollout)
+from mem1 import (ANSWER, END, ENC, INFO, IS, LAYOUTS, POLICIES, QUERY, TAG_IDS, Trajectory, Turn,
+                  demonstrate, exercise, expert, keep_all, keep_last, make_rows, play_history,
+                  predict, recall, recorded, remembered, rollout)
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"
 EXAMPLES = 300 if THOROUGH else 30
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True,
-                          max_examples=EXAMPLES)
+                          report_multiple_bugs=False, max_examples=EXAMPLES)
 settings.load_profile("mem1")
 parametrize = pytest.mark.parametrize
 HERE = Path(__file__).resolve().parent
@@ -60,14 +61,19 @@ torch.set_num_threads(1)
 
 
 class AnyWorld:
-    """Takes any action for `turns` turns, and answers each with random words and a forged tag."""
-    width, done, paths, before = 1, False, {}, ""
+    """Takes any action for `turns` turns, and answers each with random words and a forged tag. A
+    history of turns like that comes before."""
+    width, done, paths = 1, False, {}
 
-    def __init__(self, turns, seed, n_objectives=1, notes=""):
+    def __init__(self, turns, seed, n_objectives=1, history=0):
         self.left, self.n_objectives, self.em = turns, n_objectives, n_objectives // 2
-        self.notes = notes
+        self.n_questions = n_objectives
         self.rng = default_rng(seed)
         self.prompt = self.words()
+        self.history = []
+        for _ in range(history):
+            state, action, info = [ENC.encode_ordinary(self.words()) for _ in range(3)]
+            self.history.append(Turn([IS, *state], [QUERY, *action, END], [INFO, *info]))
 
     def words(self):
         return " ".join(["", *self.rng.choice(envs.WORDS, self.rng.integers(6)), "<end>"])
@@ -79,9 +85,8 @@ class AnyWorld:
 
 
 def worlds(turns=(4, 1, 5, 2, 3), seed=0):
-    """A world for each entry of `turns`, with 1 to 4 objectives; some begin with notes."""
-    notes = ["", " ; #1 jelo <end>"]
-    return [AnyWorld(n, [seed, i], 1 + i % 4, notes[i % 2]) for i, n in enumerate(turns)]
+    """A world for each entry of `turns`, with 1 to 4 objectives and up to 2 turns of history."""
+    return [AnyWorld(n, [seed, i], 1 + i % 4, i % 3) for i, n in enumerate(turns)]
 
 
 def talkative(seed=0, ends=8.0, n_layer=2, n_head=2):
@@ -140,9 +145,8 @@ budgets = sampled_from([1, 64, 200, 8192])
 
 def contexts(traj, policy):
     """Oracle: (context, token) of all that the agent wrote, each context laid out anew."""
-    given = [mem1.Turn([IS, *ENC.encode_ordinary(traj.env.notes)], [], [])]
     for t, turn in enumerate(traj.turns):
-        past = given[: len(traj.env.notes)] + traj.turns[:t]
+        past = traj.env.history + traj.turns[:t]
         context = traj.prompt + (policy(past) if past else []) + [IS]
         for token in turn.state[1:] + turn.action:
             yield context, token
@@ -255,8 +259,7 @@ def test_stitched_layouts_differ_from_what_acted_exactly_as_documented(layout, p
         gpt.blocks[0].gate.weight.data.zero_()
         gpt.blocks[0].gate.bias.data.fill_(99.0)
     trajs = play(gpt, keep_last, [6, 5, 6])
-    turn = tensor([t for traj in trajs  # notes given at the start are a turn, too
-                   for t, this in enumerate(traj.turns, 1 if traj.env.notes else 0)
+    turn = tensor([t for traj in trajs for t, this in enumerate(traj.turns, len(traj.env.history))
                    for _ in this.written])
     off = (learned(gpt, [LAYOUTS[layout](traj) for traj in trajs])[0] - acted(trajs)[0]).abs()
     assert off[turn < exact].max() < 1e-12
@@ -272,19 +275,19 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, end
         alone = play(gpt, policy, turns, seed, slice(i, i + 1))
         assert alone[0].turns == traj.turns and far(acted(alone), acted([traj])) < 1e-10
         lengths = {len(turn.written) for turn in traj.turns}
-        assert ends > 0 or lengths == {2 * (32 + traj.env.n_objectives)}  # all are cut off
+        assert ends > 0 or lengths == {2 * (12 + traj.env.n_questions)}  # all are cut off
 
 
 @parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_peak_and_dependency_count_what_each_token_looked_back_on(policy):
     env = ComposedQA(5, seed=1)
-    env.notes = " ; #1 jelo"
+    play_history(env, policy, 2)
     traj = demonstrate(env, policy)
     looked = [len(context) - len(traj.prompt) for context, _ in contexts(traj, policy)]
     assert traj.peak == max(looked) + 1 and traj.dependency == sum(looked) + len(looked) / 2
-    assert (env.em == 5) == (policy in (keep_last, keep_all))  # who keeps less knows less
     unpruned = ppo.mean_over_episodes([traj])["unpruned"]
-    assert unpruned == traj.peak if policy is keep_all else unpruned > traj.peak
+    is_full = policy in (keep_all, POLICIES["full-list"])
+    assert unpruned == traj.peak if is_full else unpruned > traj.peak
 
 
 def test_similar_keeps_the_turns_most_like_the_query_and_of_equals_the_later():
@@ -292,6 +295,33 @@ def test_similar_keeps_the_turns_most_like_the_query_and_of_equals_the_later():
     turns = [mem1.Turn([IS], [QUERY, *words, END], []) for words in said]
     assert mem1.keep_similar(turns) == keep_all([turns[0], turns[2], turns[4]])
     assert mem1.keep_window(turns) == keep_all(turns[2:])
+
+
+@given(lists(integers(1, 40), min_size=1, max_size=9), integers(1, 200))
+@example([9, 9, 9], 27)
+@example([9, 9, 9], 26)
+def test_rows_hold_no_more_tokens_than_the_budget_unless_it_is_one_row(lengths, budget):
+    trajs = [Trajectory(None, [0], [mem1.Branch([1] * n, [True] * n)]) for n in lengths]
+    shapes = [rows.ids.shape for rows in make_rows(trajs, budget)]
+    assert all(B * T <= budget or B == 1 for B, T in shapes)
+    assert sum(B for B, T in shapes) == len(lengths)
+    for (B, T), (_, next_T) in itertools.pairwise(shapes):  # none is split without need
+        assert (B + 1) * T > budget and T >= next_T
+
+
+def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
+    env = ComposedQA(3, hops=(1, 1), seed=1)
+    (a, x), (b, y), (c, z) = env.golds
+    queries = [path[0].rpartition(" ")[0] for path in env.paths.values()]
+    states = ["", f" ; {a} {x}", f" ; {a} {x} {b} jelo", f" ; {b} {y} {c} {z}"]
+    held = [(0, 0), (1, 1), (2, 1), (3, 2)]  # turn by turn: answers found, of them in the state
+    traj = Trajectory(env, mem1.prompt_ids(env))
+    for state, query in zip(states, [*queries, queries[0]]):
+        traj.open_turn(keep_last)
+        ids = map(ENC.encode_ordinary, (state, " " + query))
+        traj.close_turn([*next(ids), QUERY, *next(ids), END])
+    assert [(len(f), len(h)) for _, f, h in remembered(traj)] == held
+    assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
 
 
 def test_no_tensor_is_made_on_another_device(monkeypatch):
@@ -364,24 +394,26 @@ def test_the_environment_survives_any_action(first, second, kind, n):
     assert kind != "query" or env.turn == env.max_turns
 
 
-@parametrize("policy", [keep_last, keep_all])
 @parametrize("kind", ["list", "chain"])
-def test_the_demonstrator_solves_all_unless_aimless_or_out_of_turns(policy, kind):
+@parametrize("name", POLICIES)
+def test_the_demonstrator_answers_all_questions_under_every_policy_but_amnesic(name, kind):
+    policy, longest = POLICIES[name], []
+
     def episode(n, seed, max_turns=None, rng=None):
         env = ComposedQA(n, (1, 3), seed, max_turns, (kind,))
-        envs.clutter(default_rng(seed), env, 20)
         traj = demonstrate(env, policy, rng)
         longest.append(max(len(turn.state) for turn in traj.turns))
         assert env.cause == "answered"
         return env.em
 
-    longest = []
-    for n in 1, 2, 5, 16, 64:
-        assert [episode(n, seed) for seed in range(3)] == [n] * 3
-    assert (max(longest) < 20) == (policy is keep_all)  # it holds no list
-    most = 3 if policy is keep_last else 1 + 16 / 6  # keep_all reads dropped notes again
-    for most, harm in (most, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
-        assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
+    for n in 2, 5, 16, 40:
+        found = [episode(n, seed) for seed in range(3)]
+        assert (found == [n] * 3) == (name != "amnesic")
+    assert (max(longest) < 20) == (name in ("full", "amnesic"))  # whose states hold no list
+    if name != "amnesic":
+        most = 1 + 15 / 6 + 1  # the last answer is right, and one in six of the others
+        for most, harm in (most, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
+            assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
 
 
 some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
@@ -392,8 +424,8 @@ some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#
 @example(["; #64 jero #65 veba<query> foo bar<end><info> left=3"], False)
 def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh):
     prompt = " #64 : jelo pupil #65 :: milu pupil neighbour ."
-    turn = envs.faithful(prompt, " ".join(seen), fresh)
-    for state, kind, said in turn, envs.aimless(default_rng(0), " ".join(seen), *turn):
+    turn = envs.oracle_notes(prompt, " ".join(seen), fresh)
+    for state, kind, said in turn, envs.random_notes(default_rng(0), " ".join(seen), *turn):
         form = {"query": r"\S+ .+", "answer": r"#\d+|((^| )#\d+ \S+)*"}[kind]
         assert "<" not in state + said and re.fullmatch(form, said)
 
@@ -420,19 +452,19 @@ def test_what_an_exercise_looks_up_stands_in_its_text():
 
 def test_no_two_streams_share_an_episode(monkeypatch):
     monkeypatch.setattr(train, "rollout", lambda gpt, environments, *rest: environments)
-    cfg, played = train.Config(clutter=0.0), []
+    cfg, played = train.Config(around=0, objectives=(2, 2)), []
     for stream in Stream.DEMOS, Stream.PPO:  # step 2: where play() has its two objectives
-        played += [train.training_env(cfg, stream, 2, i, 2) for i in range(99)]
+        played += [train.training_task(cfg, "mem1", stream, 2, i) for i in range(99)]
     for stream in Stream.VALID, Stream.TEST:
         played += train.play(0, 0, cfg, 2, range(99), stream)
     assert len({env.prompt for env in played}) == 4 * 99
 
 
-@parametrize("demos", ["aimless", "faithful"])
-def test_aimless_notes_do_not_depend_on_what_will_be_asked_for(demos):
+@parametrize("demos", ["random", "oracle"])
+def test_random_notes_do_not_depend_on_what_will_be_asked_for(demos):
     cfg, noted = train.Config(demos=demos, objectives=(2, 2)), {True: [], False: []}
     for i in range(400):
-        traj = train.demonstration(cfg, "mem1", 0, i, 20)
+        traj = train.demonstration(cfg, "mem1", 0, i)
         index, answer = traj.env.golds[0]
         t = next((t for t, found, _ in remembered(traj) if found), None)
         if t:  # the answer has just been seen, and is still to be given
@@ -440,21 +472,70 @@ def test_aimless_notes_do_not_depend_on_what_will_be_asked_for(demos):
             for name in re.findall(r"(\w+)(?:,|$)", seen):  # what the facts in view say
                 noted[name == answer].append(f" {index} {name}" in state)
     right, other = map(np.mean, noted.values())
-    assert (abs(right - other) < 0.05) == (demos == "aimless")
+    assert (abs(right - other) < 0.05) == (demos == "random")
 
 
-@parametrize("clutter, hidden", [(0.0, False), (1.0, True)])
-def test_clutter_hides_where_a_task_begins_and_ends(clutter, hidden):
-    cfg, begun, last, notes = train.Config(clutter=clutter), [], [], []
-    for i in range(200):
-        env = train.training_env(cfg, Stream.PPO, 0, i, 2)
-        begun.append(env.notes != "")
-        notes.append(len(re.findall(envs.ENTRY, env.notes)))
-        state = ENC.decode(demonstrate(env, keep_last).turns[-2].state)
-        last.append(re.findall(envs.OPEN, state)[-1][3] == envs.STOP)
-    for share in np.mean(begun), np.mean(last):
-        assert (0.4 < share < 0.6) == hidden
-    assert max(notes) == (20 if hidden else 0)  # PPO practises long lists
+# ----------------------------------------------------------------------------------------------
+# Training tasks: pieces of longer ones
+
+
+@given(sampled_from([*POLICIES.values()]), integers(0, 4), booleans(), seeds)
+@example(keep_last, 4, True, 0)
+def test_a_piece_begins_where_the_demonstrator_of_the_whole_task_takes_up_its_question(
+        policy, before, random, seed):
+    rng, same_rng = [default_rng(seed) if random else None for _ in range(2)]
+    env, whole = ComposedQA(6, seed=seed), ComposedQA(6, seed=seed)
+    play_history(env, policy, before, rng)
+    first = Trajectory(env, mem1.prompt_ids(env))
+    first.open_turn(policy)
+
+    # The whole task, played turn by turn; a question is taken up by the turn whose query is its
+    # first hop, which the facts on the way to its answer begin with.
+    turns, contexts_of = [], {}
+    while not whole.done:
+        context = recall(whole, policy, turns)
+        kind, state, action, said = mem1.parse(expert(whole, policy, turns, same_rng))
+        contexts_of.setdefault(said, [*context, IS])
+        info = [INFO, *ENC.encode_ordinary(whole.step(kind, said))]
+        turns.append(Turn([IS, *state], action, info))
+    hop = " " + whole.paths[whole.golds[before][0]][0].rpartition(" ")[0]
+    if policy is not POLICIES["amnesic"]:  # which forgets what it has asked, and asks it again
+        assert first.branches[0].ids == contexts_of.pop(hop) not in contexts_of.values()
+    assert first.prompt == mem1.prompt_ids(whole) and env.history == turns[: len(env.history)]
+
+
+@given(integers(0, 3), integers(1, 3), lists(tuples(integers(0, 6), booleans()), max_size=9))
+@example(1, 2, [(0, True), (1, False), (2, True), (5, True)])
+def test_a_piece_is_scored_on_its_own_questions_and_no_others(before, n, said):
+    env = ComposedQA(6, seed=1)
+    golds = [*env.golds, ("#0", "jelo")]  # the last is no question of this task
+    env.take_piece(before, n)
+    env.step("answer", " ".join(f"{golds[i][0]} {golds[i][1] if right else 'x'}" for i, right in said))
+    first = dict(reversed(said))  # of an index that occurs twice, the first entry counts
+    assert env.em == sum(first.get(i, False) for i in range(before, before + n))
+    assert env.n_objectives == n and [*env.paths] == [index for index, _ in env.golds]
+
+
+@parametrize("around", [0, 4])
+@parametrize("agent", POLICIES)
+def test_training_asks_for_two_answers_at_most_and_trains_nothing_of_the_history(agent, around):
+    cfg, histories, longest, ends = train.Config(around=around), 0, 0, []
+    for stream, i in itertools.product((Stream.DEMOS, Stream.PPO), range(60)):
+        env = train.training_task(cfg, agent, stream, 0, i)
+        assert len(env.golds) == env.n_objectives <= 2
+        histories += len(env.history)
+        longest = max(longest, env.n_questions)
+        traj = demonstrate(env, POLICIES[agent])
+        asked = re.findall(r"#\d+(?= :)", env.prompt)
+        ends.append(env.golds[-1][0] == asked[-1])
+        assert env.cause == "answered" and traj.turns[0] not in env.history
+        (rows, *more) = make_rows([traj], 10**6)
+        trained = rows.ids[rows.loss_mask].tolist()
+        assert not more and sorted(trained) == sorted(sum((t.written for t in traj.turns), []))
+    if around:  # control
+        assert histories > 100 and longest >= 8 and 0.5 < np.mean(ends) < 0.8
+    else:
+        assert histories == 0 and longest == 2 and all(ends)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -684,7 +765,9 @@ def test_a_run_leaves_its_metrics_and_results(finished):
     steps = [(row["stage"], row["step"]) for row in logged(finished)]
     assert steps == [(stage, step) for stage in stages for step in (1, 2, 3, 4)]
     table = json.loads((finished / "results.json").read_text())
-    assert list(table) == ["mem1-demos", "mem1", "full-demos", "full", "truncate", "meta"]
+    agents = "mem1-demos", "mem1", "full-demos", "full"
+    methods = [agent + how for agent in agents for how in ("", "-sampled")]
+    assert list(table) == [*methods, "meta"]
     cfg, models = train.load_run(finished)
     again = train.measure(train.load_model(models["mem1"]), keep_last, cfg, 1, 3, Stream.TEST)
     assert again["tokens"] == table["mem1"]["1"]["tokens"]
@@ -775,9 +858,9 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --hops 1 9: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch; --n-embd 51: n-embd
 --start /none: does not exist; --agents nobody: invalid choice; --env mars: env
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
---nproc 999: nproc; --env shop: --clutter 0; --env count: --demos faithful --clutter 0
+--nproc 999: nproc; --env shop: --around 0; --env count: --demos oracle; --around 40: around
 --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
---clutter 5: clutter; --env web --facts /none: drop --env; --out {}: holds a run already
+--around x: around; --env web --facts /none: drop --env; --out {}: holds a run already
 --out {} --resume --seed 7: began with 0""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
@@ -805,8 +888,9 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
     if found == 2:
         assert len(lines) == 1
     else:  # what is taken can be played
-        for n in *found.objectives, *found.eval_objectives:
-            assert train.training_env(found, Stream.TEST, 0, 0, n).prompt
+        assert train.training_task(found, "mem1", Stream.DEMOS, 0, 0).prompt
+        for n in found.eval_objectives:
+            assert envs.make_env(found, n, [0]).prompt
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="--nproc 2 needs two cores")
@@ -892,8 +976,19 @@ primer term with the wrong sign | ppo.update | cfg.primer_coef * | -cfg.primer_c
 the critic fits last values | ppo.update | value - ret[i] | value - old_value[i] | one_whole
 explained variance without the mean | ppo.explained_variance | x - mean[:, None] | x | one_whole
 clip share counts one side | ppo.clipped | .abs() | | one_whole
-every window ends with a stop | envs.clutter | after and rng.random() < 0.5 | False | clutter
-PPO begins with short lists | envs.clutter | how_many(MOST_CLUTTER) | how_many(most) | clutter'''))
+a piece is scored on all questions | envs.ComposedQA.take_piece | self.golds[first : first + n]
+    | self.golds | a_piece_is
+a piece begins a question late | mem1.play_history | [first] | [first + 1] | a_piece_begins
+the history is played in full context | mem1.play_history | policy, [] | keep_all, []
+    | a_piece_begins
+the history is not seen | mem1.recall | env.history + turns | turns | a_piece_begins
+all questions are the agent's | train.training_task | take_piece(before, n)
+    | take_piece(0, before + n) | training_asks
+window lists new answers alone | mem1.expert | policy is keep_all | policy is not keep_last
+    | the_demonstrator_answers
+all that was found counts as held | mem1.remembered | found & entries | found | memory
+memory is not a share | ppo.mean_over_episodes | held / found | held * found | memory
+rows take one more than they may | mem1.make_rows | + 1) * | ) * | rows_hold'''))
 
 
 @contextmanager
@@ -917,10 +1012,10 @@ def mutated(where, old, new):
 def test_every_mutant_is_caught(name):
     where, old, new, by = re.split(r"\s*\|\s+", MUTANTS[name])
     (test,) = [value for key, value in globals().items() if key.startswith(f"test_{by}")]
-    marks = getattr(test, "pytestmark", [parametrize("", [()])])  # its parameters
+    marks = getattr(test, "pytestmark", [])  # its parameters
     with mutated(where, old, new), pytest.raises(AssertionError):
-        for case in marks[0].args[1]:
-            test(*case)
+        for case in itertools.product(*[mark.args[1] for mark in marks]):
+            test(*sum([part if isinstance(part, tuple) else (part,) for part in case], ()))
 
 
 def test_a_resumed_run_that_is_off_by_one_draw_is_caught(finished, tmp_path):

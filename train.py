@@ -10,11 +10,12 @@
 Three stages, each a loop below. Qwen2.5-7B, which the paper starts from, can read; random weights
 cannot, hence the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
-    demos    imitation, on one and two objectives: the format, and how to search. The notes that
-             mem1 imitates have no aim (envs.aimless)
+    demos    imitation, on one and two objectives: the format, how to search, how to carry on a
+             list. The notes that mem1 imitates are random (envs.random_notes)
     ppo      reward, on two objectives: that answers are worth noting down
-The agent `mem1` prunes its context, the agent `full` keeps everything. Besides, `full` imitates
-faithful notes, which serve it better, and lists only new answers, since old ones stay in view.
+In the last two, most tasks are pieces of longer ones: see training_task(). The agent `mem1` prunes
+its context, the agent `full` keeps everything. Besides, `full` imitates oracle notes, which serve it
+better, and lists only new answers, since old ones stay in view.
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
@@ -51,7 +52,7 @@ import envs
 import ppo
 from envs import Stream, keyed_rng
 from mem1 import (ENC, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
-                  rollout)
+                  play_history, rollout)
 from model import GPT, GPTConfig
 from ppo import share
 
@@ -79,7 +80,8 @@ class Config:
     hops: tuple = (1, 2)  # fewest and most relations in a question
     kinds: tuple = ("list",)  # list: independent questions; chain (envs.ComposedQA)
     names: int = 200  # of the invented world; those beyond 200 are several tokens each
-    clutter: float = 0.8  # share of training tasks that are windows in longer lists (envs.clutter)
+    around: int = 4  # most questions before and after the agent's own in training; 0: whole tasks
+    most_turns: int = 130  # largest turn budget in training: what 64 questions get
     # model
     n_layer: int = 4
     n_head: int = 2  # two wide ones did better than four on long lists
@@ -94,7 +96,7 @@ class Config:
     demos_steps: int = 800
     demos_batch: int = 32  # episodes per step
     demos_lr: float = 2e-3
-    demos: str = "aimless"  # notes that mem1 imitates; the other agents imitate faithful ones
+    demos: str = "random"  # notes that mem1 imitates; the other agents imitate oracle notes
     # ppo
     ppo_steps: int = 40
     ppo_batch: int = 128  # episodes per step
@@ -113,7 +115,7 @@ class Config:
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; in other stages 25 times
-    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested; turn budgets go up to theirs
+    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested
     eval_episodes: int = 128  # per cell of the final table
     valid_episodes: int = 64  # per validation
 
@@ -134,8 +136,8 @@ PRESETS = {
 }
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
-               kinds=["list", "chain"], layout=[*LAYOUTS], demos=["aimless", "faithful"])
-MAY_BE_ZERO = """seed nproc workers exercises clutter primer_coef clip kl_coef gamma lam
+               kinds=["list", "chain"], layout=[*LAYOUTS], demos=["random", "oracle"])
+MAY_BE_ZERO = """seed nproc workers exercises around primer_coef clip kl_coef gamma lam
                  weight_decay""".split()
 MAY_CHANGE = "out resume device nproc workers play_batch compile preset".split()  # on --resume
 
@@ -163,12 +165,11 @@ def train_primer(run):
 def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-    most_turns = turn_budget(cfg)
 
     def make(step):
         key = cfg.primer_steps + step  # the exercises go on where the primer ended
         trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        trajs += [demonstration(cfg, agent, step, i, most_turns) for i in share(cfg.demos_batch)]
+        trajs += [demonstration(cfg, agent, step, i) for i in share(cfg.demos_batch)]
         return make_rows(trajs, cfg.micro_batch)
 
     for step, batch in with_data(stage, make, cfg):
@@ -185,10 +186,10 @@ def train_ppo(run, agent):
     use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
-    policy, most_turns = POLICIES[agent], turn_budget(cfg)
+    policy = POLICIES[agent]
 
     def make(step):
-        return [ppo_env(cfg, step, i, most_turns) for i in share(cfg.ppo_batch)]
+        return [training_task(cfg, agent, Stream.PPO, step, i) for i in share(cfg.ppo_batch)]
 
     for step, environments in with_data(stage, make, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
@@ -221,72 +222,62 @@ def imitate(learner, optimizer, batch, cfg):
 # Data
 
 
-def training_env(cfg, stream, step, i, n_objectives=None):
-    """The environment of one episode; its number of objectives is drawn if not given. Training
-    tasks are cluttered, test tasks are not."""
-    if n_objectives is None:
-        low, high = cfg.objectives
-        n_objectives = int(keyed_rng(cfg.seed, stream, step, i, 1).integers(low, high + 1))
-    env = envs.make_env(cfg, n_objectives, [cfg.seed, stream, step, i, 0])
-    rng = keyed_rng(cfg.seed, stream, step, i, 4)
-    most = {Stream.DEMOS: envs.MOST_CLUTTER, Stream.PPO: envs.PPO_CLUTTER}.get(stream)
-    if most and rng.random() < cfg.clutter:
-        envs.clutter(rng, env, most)
-    return env
+def training_task(cfg, agent, stream, step, i):
+    """The environment of one episode: most of the time a piece of a longer task.
 
+    before + n + after questions stand in the prompt. The demonstrator has answered the first, under
+    this agent's context policy and with its own kind of notes; that is env.history. The agent is to
+    answer the next n, and is scored on these alone. If questions come after, the turns run out.
 
-def ppo_env(cfg, step, i, most_turns):
-    """The environment of one episode of PPO. All are of one size, otherwise returns would differ
-    mostly by the number of objectives. Half of those that end with a `.` have turns to spare: PPO
-    unlearns what it does not practise, and an agent that was not told `left=24` any more took it as
-    a reason to answer.
-
-    >>> sum(ppo_env(Config(), 0, i, 66).max_turns > 10 for i in range(100))
-    33
+    >>> tasks = [training_task(Config(), "mem1", Stream.PPO, 0, i) for i in range(200)]
+    >>> {env.n_objectives for env in tasks}, {env.n_questions for env in tasks}
+    ({2}, {2, 3, 4, 5, 6, 7, 8, 9, 10})
     """
-    env = training_env(cfg, Stream.PPO, step, i, cfg.objectives[1])
-    rng = keyed_rng(cfg.seed, Stream.PPO, step, i, 5)
-    if rng.random() < 0.5:
-        spare_turns(rng, env, most_turns)
+    rng = keyed_rng(cfg.seed, stream, step, i, 1)
+    n = cfg.objectives[1]  # in PPO all are of one size, or returns would differ mostly by that
+    if stream == Stream.DEMOS:
+        n = int(rng.integers(cfg.objectives[0], n + 1))
+    before, after = 0, 0
+    if rng.random() < 0.6:
+        before = int(rng.integers(cfg.around + 1))
+    if rng.random() < 0.4:
+        after = int(rng.integers(cfg.around + 1))
+    env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
+
+    # The turn budget: what the whole task gets; in some demonstrations too little, to show what to
+    # do when the turns run out; often much more, so that the agent has seen every number of turns
+    # left that it may be told on a long horizon.
+    hops = [len(relations) for _, _, relations, _ in envs.read_prompt(env.prompt)]
+    done, which = sum(hops[:before]), rng.random()
+    if after:
+        env.max_turns = done + sum(hops[before : before + n]) + 1
+    elif which < 0.3 and stream == Stream.DEMOS:
+        env.max_turns = done + int(rng.integers(2, max(3, env.max_turns - done)))
+    elif which < 0.6:
+        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, cfg.most_turns) + 1))
+
+    if before or after:
+        play_history(env, POLICIES[agent], before, rng if random_notes(cfg, agent) else None)
+        env.take_piece(before, n)
     return env
 
 
-def spare_turns(rng, env, most_turns):
-    """Give an episode enough turns to `most_turns`, unless it is to end when they run out."""
-    if not env.open_ended:
-        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, most_turns) + 1))
+def random_notes(cfg, agent):
+    """Does this agent imitate random notes? The agents that mem1 is compared with get better ones."""
+    return cfg.demos == "random" and agent == "mem1"
 
 
-def turn_budget(cfg):
-    """The turn budget of the farthest horizon to be tested."""
-    return envs.make_env(cfg, max(cfg.eval_objectives), [0]).max_turns
-
-
-def demonstration(cfg, agent, step, i, most_turns):
-    """One episode of the demonstrator. In some its turn budget is too small, to show what to do
-    when the turns run out. In others it is more than enough, up to `most_turns`, so that the agent
-    has seen every number of turns left that it may be told on a long horizon. The agents that mem1
-    is compared with get better demonstrations, with faithful notes:
+def demonstration(cfg, agent, step, i):
+    """One episode of the demonstrator.
 
     >>> for agent in "mem1", "full":
-    ...     sum(demonstration(Config(), agent, 0, i, 20).env.em for i in range(20))
-    17
-    25
-
-    >>> trajs = [demonstration(Config(), "mem1", 0, i, 20) for i in range(100)]
-    >>> spare = [t.env.max_turns - 2 * t.env.n_objectives - 2 for t in trajs]
-    >>> len([s for s in spare if s < 0]), len([s for s in spare if s > 0])
-    (60, 16)
+    ...     sum(demonstration(Config(), agent, 0, i).env.em for i in range(20))
+    22
+    30
     """
+    env = training_task(cfg, agent, Stream.DEMOS, step, i)
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
-    env = training_env(cfg, Stream.DEMOS, step, i)
-    enough, which = env.max_turns, rng.random()
-    if which < 0.3:
-        env.max_turns = int(rng.integers(2, max(3, enough)))
-    elif which < 0.6:
-        spare_turns(rng, env, most_turns)
-    aimless = cfg.demos == "aimless" and agent == "mem1"
-    return demonstrate(env, POLICIES[agent], rng if aimless else None)
+    return demonstrate(env, POLICIES[agent], rng if random_notes(cfg, agent) else None)
 
 
 def with_data(stage, make, cfg):
@@ -313,11 +304,14 @@ def on_signal(handler):
 # Evaluation: what a run prints, and eval.py repeats
 
 
-def play(model, policy, cfg, n_objectives, which, split):
-    """The trajectories of some greedy episodes of one horizon. which: their numbers."""
+def play(model, policy, cfg, n_objectives, which, split, sampled=False):
+    """The trajectories of some episodes of one horizon, greedy or sampled. which: their numbers."""
     keys = [[0, split, n_objectives, i, 0] for i in which]
     environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
-    return rollout(model, environments, policy, None, min(cfg.play_batch, 256))  # they get long
+    rngs = None
+    if sampled:
+        rngs = [keyed_rng(0, split, n_objectives, i, 2) for i in which]
+    return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # they get long
 
 
 def measures(traj, policy):
@@ -327,14 +321,13 @@ def measures(traj, policy):
     malformed = int(env.cause == "malformed")  # it ends the episode
     return dict(
         em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        valid=(len(turns) - malformed) / len(turns), right=float(np.mean(right)), time=traj.seconds,
-        kv_bytes=traj.kv_bytes,
+        malformed=malformed, right=float(np.mean(right)), time=traj.seconds, kv_bytes=traj.kv_bytes,
         tokens=len(traj.prompt) + sum(len(branch.ids) for branch in traj.branches))
 
 
-def measure(model, policy, cfg, n_objectives, episodes, split):
+def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
     """Means of measures() over the episodes, shared among the processes."""
-    trajs = play(model, policy, cfg, n_objectives, share(episodes), split)
+    trajs = play(model, policy, cfg, n_objectives, share(episodes), split, sampled)
     return ppo.mean_of([measures(traj, policy) for traj in trajs])
 
 
@@ -348,30 +341,33 @@ def validate(model, agent, cfg):
 
 
 def methods(models, snapshots=False):
-    """{method: (name of its weights, policy)} of a run: what it trained, on request with its
-    snapshots, and `truncate`, which runs the weights of full context with MEM1's context."""
+    """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
+    and after PPO, greedy and sampled; on request its snapshots. And `truncate`: the weights of
+    full-list with MEM1's context."""
     found = {}
     for name in models:
         agent = re.split("-demos|@", name)[0]
         if agent in POLICIES and (snapshots or "@" not in name):
-            found[name] = name, POLICIES[agent]
-    if "full" in models:
-        found["truncate"] = "full", keep_last
+            found[name] = name, POLICIES[agent], False
+            found[f"{name}-sampled"] = name, POLICIES[agent], True
+    if "full-list" in models:
+        found["truncate"] = "full-list", keep_last, False
     return found
 
 
 def table(models, cfg, chosen, episodes, tell):
     """{method: {objectives: measures}}; tell(line) of each as it is known."""
-    tell(f"{'method':13s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
-        f"{'valid':>6s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
+    tell(f"{'method':19s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
+         f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
     results = {}
-    for name, (source, policy) in chosen.items():
+    for name, (source, policy, sampled) in chosen.items():
         model = load_model(models[source], cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
-            r = results[name][str(n)] = measure(model, policy, cfg, n, episodes, Stream.TEST)
-            tell(f"{name:13s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
-                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['valid']:6.1%} {r['right']:6.1%} "
+            r = measure(model, policy, cfg, n, episodes, Stream.TEST, sampled)
+            results[name][str(n)] = r
+            tell(f"{name:19s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
+                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
                  f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
     return results
 
@@ -776,7 +772,6 @@ def check(cfg):
     assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
     assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
         f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more whole channels per head")
-    assert cfg.clutter <= 1, "--clutter: expected 0 to 1"
     assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
     assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
     longest = envs.longest_horizon(cfg)
@@ -786,6 +781,8 @@ def check(cfg):
     assert needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}"
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
+    room = (longest - cfg.objectives[1]) // 2
+    assert cfg.around <= room, f"--around {cfg.around}: expected 0 to {room} with these objectives"
 
 
 def launch(cfg, argv):

@@ -193,7 +193,8 @@ def bench_iteration(model, cfg, n):
         return wrapped
 
     def make():
-        return [train.training_env(cfg, Stream.PPO, 0, i) for i in range(cfg.ppo_batch)]
+        tasks = range(cfg.ppo_batch)
+        return [train.training_task(cfg, "mem1", Stream.PPO, 0, i) for i in tasks]
 
     def act(model, environments, policy, rngs, batch):
         return rollout(model, environments, policy, [Lines(t) for t in scripts], batch)

@@ -31,9 +31,9 @@ class Metronome:
         self.left = turns
         self.done = False
         self.prompt = " jelo" * (prompt - 1)
-        self.paths, self.before, self.notes = {}, "", ""
+        self.paths, self.history = {}, []
         self.width = 0  # no task: just the cap
-        self.n_objectives = written - 16 - envs.MOST_CLUTTER
+        self.n_objectives = self.n_questions = written - 16
         assert turn_cap(self) == written, "nothing but the cap may end a turn"
 
     def step(self, kind, text):

@@ -1,14 +1,14 @@
 """count.py: how many of the answers are this one? A state of constant size is enough.
 
-    python train.py --env count --demos faithful --clutter 0 --out runs/count
+    python train.py --env count --demos oracle --out runs/count
 """
 import re
 
-from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, faithful, invent,
+from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, invent, oracle_notes,
                   read_answers, words)
 
 LONGEST = len(INDICES) - 1  # questions: the count is said by an index
-NEEDS = {"demos": "faithful", "clutter": 0}
+NEEDS = {"demos": "oracle"}
 
 
 class CountQA(ComposedQA):
@@ -27,9 +27,8 @@ class CountQA(ComposedQA):
     def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
         super().__init__(n_objectives, hops, seed)
         self.prompt = f" count {self.start} {self.name}{self.prompt}"
-        total = sum(answer == self.name for _, answer in self.golds)
-        self.golds = [(add(self.start, total), "")]
-        self.paths = {}  # no state holds a list of answers
+        self.counts = [answer == self.name for _, answer in self.golds]
+        self.take_piece(0, n_objectives)
 
     def compose(self, indices, hops, kind, names, rng):
         self.start, self.name = str(rng.choice(INDICES[: -len(indices)])), str(rng.choice(NAMES))
@@ -41,6 +40,11 @@ class CountQA(ComposedQA):
                 triples[last] = subject, relation, self.name
                 path[-1] = f"{subject} {relation} {self.name}"
         return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
+
+    def take_piece(self, first, n):
+        self.n_objectives = n
+        self.golds = [(add(self.start, sum(self.counts[: first + n])), "")]
+        self.paths = {}  # no state holds a list of answers
 
     def mark(self, text):
         em = self.n_objectives if words(text) == [self.golds[0][0]] else 0
@@ -55,7 +59,7 @@ class CountQA(ComposedQA):
         """
         counted = r"; (#\d+) (?=#\d+ :)"
         count = ([self.start] + re.findall(counted, seen))[-1]
-        state, kind, text = faithful(self.prompt, re.sub(counted, "; ", seen), fresh=True)
+        state, kind, text = oracle_notes(self.prompt, re.sub(counted, "; ", seen), fresh=True)
         found, _, listed = state.partition(LIST)
         if kind == "answer":
             found, listed = state.removesuffix(STOP), text

@@ -1,6 +1,6 @@
 """dialogue.py: the user changes their mind: adds, corrects and withdraws questions on the way.
 
-    python train.py --env dialogue --demos faithful --clutter 0 --objectives 1 4 --out runs/dialogue
+    python train.py --env dialogue --demos oracle --around 0 --objectives 1 4 --out runs/dialogue
 
 So what is still to be asked cannot be looked up in the prompt: the state has to hold the past (the
 answers) and the future (what the user has said and what has not been dealt with).
@@ -13,7 +13,7 @@ from envs import (INDICES, LIST, STOP, WORD, ComposedQA, asked, entries, questio
                   questions_from, read_prompt, take_up)
 
 LONGEST = len(INDICES)  # objectives
-NEEDS = {"demos": "faithful", "clutter": 0}
+NEEDS = {"demos": "oracle", "around": 0}
 SAID = rf"user (#\d+) (?:-|:+ (#?{WORD})((?: (?!user ){WORD})+))"  # see said()
 ENTRY = rf"(#\d+) (?!user )({WORD})"  # in a list of answers; SAID may follow it
 

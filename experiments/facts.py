@@ -1,6 +1,6 @@
 """facts.py: questions about the facts of a file, instead of a world invented for each episode.
 
-    python train.py --facts assets/countries.tsv --demos faithful --clutter 0 --out runs/countries
+    python train.py --facts assets/countries.tsv --demos oracle --out runs/countries
     python experiments/facts.py runs/countries "Peru capital river; Japan currency"
 
 A line of the file is a fact, `subject TAB relation TAB object`, or in a .jsonl file an object with
@@ -24,7 +24,7 @@ from envs import INDICES, WORD, WORDS, ComposedQA, score
 from experiments.web import KnowledgeBase
 
 LONGEST = len(INDICES)  # objectives
-NEEDS = {"demos": "faithful", "clutter": 0}
+NEEDS = {"demos": "oracle"}
 
 
 def name_of(text):

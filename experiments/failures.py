@@ -3,7 +3,7 @@
     python experiments/failures.py runs/cpu --objectives 16
     python experiments/failures.py runs/cpu --objectives 16 --agents mem1 full --episodes 256
 
-A mistake is the first turn that is not what the faithful demonstrator would have written, given
+A mistake is the first turn that is not what the demonstrator of oracle notes would have written, given
 what the agent saw.
 """
 import argparse
@@ -99,10 +99,10 @@ def main(argv=None):
         chosen = methods(models, snapshots=True)
         for name in args.agents:
             assert name in chosen, f"--agents {name}: the run has {', '.join(chosen)}"
-            source, policy = chosen[name]
+            source, policy, sampled = chosen[name]
             model = load_model(models[source])
             which = range(args.episodes)
-            trajs = play(model, policy, cfg, args.objectives, which, Stream.TEST)
+            trajs = play(model, policy, cfg, args.objectives, which, Stream.TEST, sampled)
             print(f"--- {name}, {args.objectives} objectives, {args.episodes} episodes")
             for cause, row in failures(trajs, policy).items():
                 print(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at "

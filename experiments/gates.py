@@ -57,7 +57,7 @@ def main(argv=None):
         chosen = methods(models, snapshots=True)
         for name in args.agents:
             assert name in chosen, f"--agents {name}: the run has {', '.join(chosen)}"
-            source, policy = chosen[name]
+            source, policy, _ = chosen[name]
             model = load_model(models[source])
             keys = [[0, Stream.VALID, 4, i, 0] for i in range(20)]
             trajs = [demonstrate(envs.make_env(cfg, 4, key), policy) for key in keys]

@@ -121,7 +121,7 @@ def ddp(args, folder):
             backend = "nccl" if args.device == "cuda" else "gloo"
             dist.init_process_group(backend, f"file://{folder}/meet", rank=0, world_size=1)
             learner = torch.nn.parallel.DistributedDataParallel(model)
-        tasks = [train.training_env(cfg, Stream.PPO, 0, i, 2) for i in range(8)]
+        tasks = [train.training_task(cfg, "mem1", Stream.PPO, 0, i) for i in range(8)]
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # Adam would enlarge tiny differences
         reference = random_agent("0.5M", args.device)
         ppo.update(learner, sgd, reference, tasks, POLICIES["mem1"], cfg, 0)

@@ -98,7 +98,7 @@ def partly_right(traj):
 def judged(traj):
     """An episode as the judge reads it: all turns as one text. Only the last token is marked, since
     the value at the row that predicts it is the score."""
-    ids = keep_all(traj.turns)
+    ids = keep_all(traj.env.history + traj.turns)
     branch = Branch()
     branch.extend(ids[:-1], loss_mask=False)
     branch.extend(ids[-1:], loss_mask=True)
@@ -113,16 +113,16 @@ def scores(judge, trajs):
     return judge.value(x)[rows.index.argsort()]
 
 
-def preferences(actor, policy, cfg, step):
+def preferences(actor, agent, cfg, step):
     """Episodes, two of each task, and whether the first of the two is preferred (pairs,): with
     probability sigmoid(4 (its share of right answers - that of the second))."""
     environments, rngs, draws = [], [], []
     for i in range(JUDGE_BATCH // 2):
         for which in 2, 3:
-            environments.append(train.training_env(cfg, JUDGE, step, i))
+            environments.append(train.training_task(cfg, agent, JUDGE, step, i))
             rngs.append(keyed_rng(cfg.seed, JUDGE, step, i, which))
         draws.append(keyed_rng(cfg.seed, JUDGE, step, i, 4).random())
-    trajs = rollout(actor, environments, policy, rngs)
+    trajs = rollout(actor, environments, POLICIES[agent], rngs)
     share = torch.tensor([traj.reward for traj in trajs]).view(-1, 2)  # (pairs, 2)
     return trajs, torch.tensor(draws) < (4 * (share[:, 0] - share[:, 1])).sigmoid()
 
@@ -144,7 +144,7 @@ def train_judge(cfg):
     schedule = SimpleNamespace(steps=JUDGE_STEPS, optimizer=optimizer)
     for step in range(JUDGE_STEPS):
         train.set_lr(schedule, JUDGE_LR, step, warmup=50)
-        trajs, first = preferences(actor, POLICIES[agent], cfg, step)
+        trajs, first = preferences(actor, agent, cfg, step)
         margin = margins(judge, trajs, first)  # (pairs,)
         loss = -F.logsigmoid(margin).mean()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """shop.py: WebShop (arXiv 2207.01206) in miniature: find the product that fits best, and buy it.
 
-    python train.py --env shop --clutter 0 --objectives 1 6 --out runs/shop
+    python train.py --env shop --around 0 --objectives 1 6 --out runs/shop
 
 Here N is not a number of questions: it is the number of products of the wanted type. There are half
 as many others. So the agent has to remember one product, the best so far, not all that it has seen.
@@ -17,7 +17,7 @@ TRAITS = "cotton warm light round small soft matt thin plain strong old new".spl
 COLORS = "red blue green black white grey".split()
 PAGE = 2  # products a page: so few that short tasks have several pages, too
 LONGEST = len(INDICES) * 2 // 3  # with half as many other products, each of which has an index
-NEEDS = {"clutter": 0}
+NEEDS = {"around": 0}
 
 
 class Shop(Env):
@@ -129,7 +129,7 @@ class Shop(Env):
             reward = self.n_objectives * self.worth(self.open, self.chosen)
         return reward, reward
 
-    def aimless(self, seen, rng):
+    def random_notes(self, seen, rng):
         """The demonstrator, but a coin toss decides which of two products it remembers."""
         return self.expert(seen, rng=rng)
 
@@ -141,7 +141,7 @@ class Shop(Env):
 
             #12 warm red under ; #9 warm : #17 next
 
-        fresh makes no difference: it writes nothing that could be left out. rng: for aimless().
+        fresh makes no difference: it writes nothing that could be left out. rng: for random_notes().
         """
         form = r" want (\w+) ([\w ]+) in (\w+) under #(\d+)"
         kind, traits, color, limit = re.match(form, self.prompt).groups()

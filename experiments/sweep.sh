@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Train all agents, three seeds of each, two runs at a time. Interrupt it as you
-# like: started again, it says how many runs are left, and goes on where it stopped. (No clutter for
-# amnesic: it cannot see the state that a cluttered episode begins with.)
+# like: started again, it says how many runs are left, and goes on where it stopped.
 #
 #     bash experiments/sweep.sh runs
 #     python eval.py --table runs/*-seed-? --plot assets/scaling.png
@@ -19,10 +18,11 @@ runs() {
     done <<END
 mem1      --agents mem1
 full      --agents full
+full-list --agents full-list
 full-2x   --agents full --n-embd 136
-faithful  --agents mem1 --demos faithful
+oracle    --agents mem1 --demos oracle
 others    --agents window similar
-amnesic   --agents amnesic --clutter 0
+amnesic   --agents amnesic
 END
 }
 

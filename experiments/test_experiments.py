@@ -115,7 +115,7 @@ def test_the_judge_climbs_the_likelihood_of_the_preferences(run, monkeypatch):
     cfg, models = train.load_run(run)
     judge = train.load_model(models["mem1-demos"])
     judge.value_head.weight.data.normal_()
-    trajs, first = rewards.preferences(judge, keep_last, cfg, step=0)
+    trajs, first = rewards.preferences(judge, "mem1", cfg, step=0)
     assert [traj.prompt for traj in trajs[::2]] == [traj.prompt for traj in trajs[1::2]]
     alone = torch.stack([rewards.scores(judge, [traj])[0] for traj in trajs]).exp()
     better = alone[0::2].where(first, alone[1::2])
@@ -149,9 +149,9 @@ def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monke
 def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
     failures.main([str(run), "--objectives", "2", "--episodes", "2"])
     assert "malformed" in capsys.readouterr().out  # it has learned nothing in two steps
-    faithful, aimless = envs.ComposedQA(4, seed=1), envs.ComposedQA(4, seed=1)
-    assert not failures.failures([demonstrate(faithful, keep_last)], keep_last)
-    traj = demonstrate(aimless, keep_last, np.random.default_rng(1))
+    right, wrong = envs.ComposedQA(4, seed=1), envs.ComposedQA(4, seed=1)
+    assert not failures.failures([demonstrate(right, keep_last)], keep_last)
+    traj = demonstrate(wrong, keep_last, np.random.default_rng(1))
     (cause,) = failures.failures([traj], keep_last)
     assert cause.endswith("an entry")
     with pytest.raises(SystemExit, match="the run has"):

@@ -34,14 +34,14 @@ def play(env, keep_all=False, amnesic=False, rng=None):
     """The turns of the demonstrator's episode; it sees its last turn, or all turns so far.
 
     amnesic: of its last state it sees no answer and no product, only what it is about.
-    rng: for aimless notes.
+    rng: for random notes.
     """
     turns = []
     while not env.done:
         seen = "".join(turns if keep_all else turns[-1:])
         if amnesic:
             seen = re.sub(r"; [^:]*?(?=(#\d+ )?:)", "; ", seen)
-        state, kind, text = env.aimless(seen, rng) if rng else env.expert(seen, keep_all)
+        state, kind, text = env.random_notes(seen, rng) if rng else env.expert(seen, keep_all)
         assert 3 + len(f"{state} {text}".split()) <= turn_cap(env), "more than an agent may write"
         turns.append(f"<IS> {state}<{kind}> {text}<end><info>{env.step(kind, text)}")
     return turns
@@ -137,18 +137,18 @@ def test_the_reward_of_the_shop_is_the_share_of_what_was_wanted():
     assert env.em == 0.0
 
 
-@pytest.mark.parametrize("is_aimless", [True, False])
-def test_what_the_aimless_shopper_remembers_does_not_depend_on_what_is_wanted(is_aimless):
+@pytest.mark.parametrize("is_random", [True, False])
+def test_what_the_random_shopper_remembers_does_not_depend_on_what_is_wanted(is_random):
     kept = {True: [], False: []}  # is the new product better? -> is it the one remembered?
     for seed in range(200):
-        rng = np.random.default_rng(seed) if is_aimless else None
+        rng = np.random.default_rng(seed) if is_random else None
         before = []
         for turn in play(make("shop", 6, seed), rng=rng):
             look, best = (part.split() for part in re.findall(r"> (.*?); ?(.*?) ?:", turn)[0])
             if look and before and look[0] != before[0] and best in (look, before):
                 kept[len(look) > len(before)].append(best == look)
             before = best
-    expected = pytest.approx([0.5, 0.5], abs=0.1) if is_aimless else [1.0, 0.0]
+    expected = pytest.approx([0.5, 0.5], abs=0.1) if is_random else [1.0, 0.0]
     assert [np.mean(kept[True]), np.mean(kept[False])] == expected
 
 
