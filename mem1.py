@@ -659,7 +659,7 @@ def stitched(traj, released=False):
 
     From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
     while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
-    convolution and the gates do so in the first).
+    convolution does so in the first). And what is kept stands farther from what is written now.
 
     released: the layout of the paper's published code. It also hides the previous state, which the
     agent did see, and an <info> sees nothing but itself.

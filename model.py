@@ -10,10 +10,10 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) forget gates (arXiv 2503.02130) instead of positions: how far back a token seems to stand depends
-   on what was written since. So an old state can be told from the last, at any length;
+2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, at a rate of each
+   head's own. So an old state can be told from the last, at any length;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
-   biases but those of the gates and the value head.
+   biases but that of the value head.
 """
 from dataclasses import dataclass
 
@@ -59,10 +59,13 @@ class GPT(nn.Module):
         cache  what each row looks back on; Cache.reserve() has made room for the new tokens
         mask   without a cache: which token may attend to which (B, 1, T, T), bool; None: causal
         """
+        pos = torch.arange(ids.size(1), device=ids.device)  # (T,)
+        if cache is not None:
+            pos = cache.slots  # (B, T)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             for i, block in enumerate(self.blocks):
-                x = block(x, cache, i, mask)  # (B, T, C)
+                x = block(x, pos, cache, i, mask)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -79,7 +82,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), with a convolution over q and k, and gates; then x + mlp(norm(x))."""
+    """x + attention(norm(x)), with a convolution over q and k; then x + mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -104,49 +107,42 @@ class Block(nn.Module):
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
-        # At first a token adds 1/55 (first head) to 1/22000 (last) to the age of all before it.
-        self.gate = nn.Linear(C, self.n_head)
-        nn.init.zeros_(self.gate.weight)
-        self.gate.bias.data = torch.linspace(4, 10, self.n_head)
 
-    def forward(self, x, cache, i, mask):
+    def forward(self, x, pos, cache, i, mask):
         T, C = x.shape[1:]
-        normed = self.ln_1(x)  # (B, T, C)
-        h, v = self.qkv(normed).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
-        clock = -F.logsigmoid(self.gate(normed)).cumsum(1, dtype=x.dtype)  # (B, T, nh)
+        h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
         if cache is None:
             wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
         else:
-            wide, clock = cache.extend(i, h, clock)
+            wide = cache.widen(i, h)
         qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
 
         q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
-        q, k = with_age(q, k, clock)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        else:
-            y = cache.attend(i, q, k, v)
+        q, k = with_position(q, k, pos)
+        if cache is not None:
+            k, v, mask = cache.append(i, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
 
 
-def with_age(q, k, clock):
-    """Lower each score by the age of the key: q, k (B, nh, T, hs), clock (B, T, nh).
+def with_position(q, k, pos):
+    """Lower the score of each key by its distance times the slope of the head (ALiBi).
 
-    A key is older by what the gates added to the clock since. Its score is q.k/sqrt(hs) + clock of
-    the key - clock of the query, and softmax does not care for the last, which is the same for all
-    keys. So the last two channels are replaced: in the query by the constant sqrt(hs), in the key
-    by the clock, as a sum of two numbers, since bfloat16 has few digits.
+    q, k (B, nh, T, hs), pos (T,) or (B, T). The score is q.k / sqrt(hs) - slope (pos of the query -
+    pos of the key), and softmax is shift-invariant, so the query's position drops out. That leaves
+    one channel, the last: the constant sqrt(hs) in the query, slope * pos in the key. The slopes
+    run from 1/64 in the first head to 0 in the last, which looks back any distance.
     """
-    clock = clock.transpose(1, 2)  # (B, nh, T)
-    coarse = clock.to(torch.bfloat16).to(clock.dtype)  # (B, nh, T)
-    clock = torch.stack([coarse, clock - coarse], -1)  # (B, nh, T, 2)
-    q = torch.cat([q[..., :-2], torch.full_like(clock, q.size(-1) ** 0.5)], -1)
-    return q, torch.cat([k[..., :-2], clock], -1)  # each (B, nh, T, hs)
+    slope = torch.linspace(2**-6, 0, q.size(1), device=q.device, dtype=q.dtype)  # (nh,)
+    rise = (slope[:, None] * pos[..., None, :])[..., None]  # (nh, T, 1) or (B, nh, T, 1)
+    rise = rise.expand(*q.shape[:-1], 1)  # (B, nh, T, 1)
+    q = torch.cat([q[..., :-1], torch.full_like(rise, q.size(-1) ** 0.5)], -1)
+    return q, torch.cat([k[..., :-1], rise], -1)  # each (B, nh, T, hs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -160,8 +156,7 @@ class Cache:
     cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
     prompt, whose keys and values stay valid for the whole episode.
 
-    tail  in each layer, the inputs of the convolution (2C) and the clocks (nh) of the last three
-          tokens
+    tail  what the convolution needs: its last three inputs in each layer
     """
 
     def __init__(self, model, B):
@@ -172,7 +167,7 @@ class Cache:
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
         self.k = torch.zeros(shape).to(like.device, dtype)
         self.v = torch.zeros(shape).to(like.device, dtype)
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
+        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
@@ -182,7 +177,7 @@ class Cache:
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
         self.prompt_n = self.n.clone()  # (B,)
-        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C+nh)
+        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C)
 
     def rollback(self, pruned):
         """Forget all but the prompt in the rows where `pruned` (B,) is True."""
@@ -230,32 +225,25 @@ class Cache:
             self.k = F.pad(self.k[:, : self.rows], (0, 0, 0, room - have))
             self.v = F.pad(self.v[:, : self.rows], (0, 0, 0, room - have))
             self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
-        slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T)
-        unseen = torch.arange(self.L, device=device) > slots[..., None]  # (B, T, L)
-        self.bias = unseen[:, None] * -1e9  # (B, 1, T, L), added to the scores
-        self.at = torch.arange(B, device=device)[:, None], slots  # where the new tokens go
+        self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
+        seen = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
+        self.mask = seen[:, None]  # (B, 1, T, L)
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += n
 
-    def extend(self, i, h, clock):
-        """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
-        which began at 0, from where the last one stopped."""
-        tail, width = self.tail[i, : self.B], h.size(2)
-        clock = clock + tail[:, -1:, width:]
-        wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
-        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
+    def widen(self, i, h):
+        """Prepend the three inputs of layer i's convolution before h (B, T, 2C): (B, 3+T, 2C)."""
+        wide = torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, 2C)
+        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C)
         self.tail[i, : self.B] = wide.gather(1, last)
-        return wide[..., :width], clock
+        return wide
 
-    def attend(self, i, q, k, v):
-        """Write k, v (B, nh, T, hs) of layer i, and read all up to each token: (B, nh, T, hs).
-
-        By plain products, which on these small slices are faster than a fused kernel.
-        """
+    def append(self, i, k, v):
+        """Write k, v (B, nh, T, hs) of layer i. Returns what is to be attended to: all keys, all
+        values (B, nh, L, hs), and which of them each new token sees (B, 1, T, L)."""
         all_k, all_v = self.k[i, : self.B], self.v[i, : self.B]  # (B, nh, slots, hs)
-        all_k.transpose(1, 2)[self.at] = k.transpose(1, 2).to(all_k.dtype)
-        all_v.transpose(1, 2)[self.at] = v.transpose(1, 2).to(all_v.dtype)
-        all_k, all_v = all_k[:, :, : self.L], all_v[:, :, : self.L]  # (B, nh, L, hs)
-        att = (q * q.size(-1) ** -0.5) @ all_k.transpose(-2, -1) + self.bias  # (B, nh, T, L)
-        return att.softmax(-1) @ all_v
+        at = torch.arange(self.B, device=k.device)[:, None], self.slots
+        all_k.transpose(1, 2)[at] = k.transpose(1, 2).to(all_k.dtype)
+        all_v.transpose(1, 2)[at] = v.transpose(1, 2).to(all_v.dtype)
+        return all_k[:, :, : self.L], all_v[:, :, : self.L], self.mask

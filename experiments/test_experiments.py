@@ -23,8 +23,8 @@ import envs
 import mem1
 import ppo
 import train
-from experiments import (bench, bench_stages, compare, failures, gates, gpu, gpu_speed, layouts,
-                         reading, rewards)
+from experiments import (bench, bench_stages, compare, failures, gpu, gpu_speed, layouts, reading,
+                         rewards)
 from mem1 import ANSWER, END, ENC, IS, QUERY, TASK, Trajectory, demonstrate, keep_last, sample
 from model import GPT, GPTConfig
 
@@ -156,20 +156,6 @@ def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
     assert cause.endswith("an entry")
     with pytest.raises(SystemExit, match="the run has"):
         failures.main([str(run), "--agents", "nobody"])
-
-
-def test_what_gates_leave_is_told_by_kind_of_word(run, capsys):
-    model = GPT(GPTConfig(ENC.n_vocab, n_layer=1))
-    gate = model.blocks[0].gate
-    gate.bias.data = torch.tensor([0.0, 99.0])  # the first head halves, the second forgets nothing
-    gate.weight.data[1] = -2.0 * model.blocks[0].ln_1(model.ln_in(model.emb.weight[IS])).detach()
-    found = gates.kept(model, [demonstrate(envs.ComposedQA(9, seed=1), mem1.keep_all)])
-    assert {"index", "name", "relation", "colons", "digit"} <= set(found)
-    assert all(left[0, 0] == pytest.approx(0.5) for left in found.values())
-    assert found["<IS>"][0, 1] < 1e-9  # but all at an <IS>
-    assert all(found[name][0, 1] > 0.99 for name in ("index", "name", "digit", "<info>"))
-    gates.main([str(run)])
-    assert "<IS>" in capsys.readouterr().out
 
 
 def test_wrong_words_of_exercises_are_counted(run, capsys):
