@@ -1,6 +1,6 @@
 """eval.py: how well the agents of a run do, and at what memory cost, at horizons never trained on.
 
-    python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16, 32 objectives
+    python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
     python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
     python eval.py runs/cpu --memory         # what the state holds at 16, turn by turn
     python eval.py --table runs/*-seed-?     # all tables, from several seeds, as markdown

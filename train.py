@@ -115,7 +115,7 @@ class Config:
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; in other stages 25 times
-    eval_objectives: tuple = (1, 2, 4, 8, 16, 32)  # horizons tested
+    eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
     eval_episodes: int = 128  # per cell of the final table
     valid_episodes: int = 64  # per validation
 
@@ -248,7 +248,8 @@ def training_task(cfg, agent, stream, step, i):
     # do when the turns run out; often much more, so that the agent has seen every number of turns
     # left that it may be told on a long horizon.
     hops = [len(relations) for _, _, relations, _ in envs.read_prompt(env.prompt)]
-    done, which = sum(hops[:before]), rng.random()
+    done = sum(hops[:before])
+    which = rng.random()
     if after:
         env.max_turns = done + sum(hops[before : before + n]) + 1
     elif which < 0.3 and stream == Stream.DEMOS:

@@ -36,7 +36,7 @@ train() {  # NAME FLAG...
     if [ -f "$out/$1/checkpoint.pt" ]; then
         python train.py --out "$out/$1" --resume
     else
-        python train.py --out "$out/$1" --nproc 1 --eval-episodes 256 "${@:2}"
+        python train.py --out "$out/$1" --nproc 1 --eval-objectives 1 2 4 8 16 32 --eval-episodes 256 "${@:2}"
     fi >> "$out/$1.log" 2>&1
 }
 export -f train
