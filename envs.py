@@ -47,9 +47,9 @@ class Stream(IntEnum):
 def keyed_rng(seed, stream, step, episode, what=0):
     """The generator of one thing: what it draws depends on its key and on nothing else.
 
-    `what` tells several draws of one episode apart: 0 the task, 1 which piece of it is the agent's
-    and what was noted before, 2 the agent's or the demonstrator's choices, 3 the shuffling of
-    minibatches.
+    `what` tells several draws of one episode apart: 0 the task, 1 which piece of it is the agent's,
+    its turn budget and what was noted before, 2 the agent's or the demonstrator's choices, 3 the
+    shuffling of minibatches.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 
@@ -103,19 +103,22 @@ def asked(subject, relations):
 
 
 class Env:
-    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), mark(), expert()
-    and, for random notes, random_notes().
+    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), mark(), expert(),
+    for random notes random_notes(), and for pieces of tasks take_piece().
 
-    prompt       the task as text
-    golds        [(index, answer), ...], the right answers
-    paths        {index: facts that lead to the answer}, if any
-    width        most tokens in a name
-    n_questions  in the prompt; the agent's own n_objectives are a piece of them: see take_piece()
-    history      turns played before the agent's first one, as mem1.Turn
+    prompt         the task as text
+    golds          [(index, answer), ...], the right answers
+    paths          {index: facts that lead to the answer}, if any
+    width          most tokens in a name
+    n_questions    in the prompt; the agent's n_objectives are a piece of them: see take_piece()
+    turns_per_hop  how many are enough
+    history        turns played before the agent's first one, as mem1.Turn
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
     the episode: "answered", "out of turns" or "malformed".
     """
+
+    turns_per_hop = 1
 
     def __init__(self, n_objectives, max_turns):
         self.n_objectives = n_objectives
@@ -159,13 +162,12 @@ class ComposedQA(Env):
     hops          (fewest, most) relations in a question
     seed          a number or a list of numbers; the same seed gives the same episode
     max_turns     turn budget, answer included; None: most hops x N + 2
-    kinds         one is drawn for each episode:
-                    list   independent questions, all answers are due at the end
-                    chain  about half of the questions are on an earlier answer: `#65 : #64 pupil`
+    kind          list: independent questions; chain: about half of the questions are on an earlier
+                  answer: `#65 : #64 pupil`
     names         how many names there are: the first 200 are one token each, the others several
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None, kinds=("list",),
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None, kind="list",
                  names=len(NAMES)):
         super().__init__(n_objectives, max_turns or hops[1] * n_objectives + 2)
         rng = np.random.default_rng(seed)
@@ -173,7 +175,6 @@ class ComposedQA(Env):
             self.width = 1 + max(map(len, NAMES))
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # so training sees every index
         indices = INDICES[first : first + n_objectives]
-        kind = str(rng.choice(kinds)) if len(kinds) > 1 else kinds[0]
         questions, self.index = self.compose(indices, hops, kind, names, rng)
 
         sections = []
@@ -313,7 +314,7 @@ def world_module(name):
 def make_env(cfg, n_objectives, seed):
     """The environment of one episode in the world of a configuration."""
     if cfg.env == "qa":
-        return ComposedQA(n_objectives, cfg.hops, seed, None, cfg.kinds, cfg.names)
+        return ComposedQA(n_objectives, cfg.hops, seed, names=cfg.names)
     return world_module(cfg.env).make_env(cfg, n_objectives, seed)
 
 
@@ -426,7 +427,7 @@ def oracle_notes(prompt, seen="", fresh=False):
 def random_notes(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by a demonstrator whose notes are random.
 
-    It searches, carries on its list and answers like the other one. But when it leaves a question,
+    It searches, carries on its list and answers like oracle_notes(). But when it leaves a question,
     it notes the index with a name picked at random from the facts in view, which is the answer one
     time in six. So imitation teaches how to note, but not what is worth noting: that is left to the
     reward.

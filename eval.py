@@ -3,9 +3,8 @@
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
     python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
     python eval.py runs/cpu --memory         # what the state holds at 16, turn by turn
-    python eval.py --table runs/*-seed-?     # all tables, from several seeds, as markdown
 
-Greedy decoding, and for a method called -sampled as in PPO, at temperature 1. Test episodes come
+Greedy decoding; a method called -sampled samples at temperature 1, as PPO does. Test episodes come
 from keys that no training and no validation episode has.
 
     em, f1      objectives answered exactly, and their token F1, summed over the objectives (0..N)
@@ -23,45 +22,155 @@ from keys that no training and no validation episode has.
 import argparse
 import difflib
 import json
+import re
 import signal
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import envs
-from envs import Stream
-from mem1 import ENC, POLICIES, expert, recall, remembered
-from train import load_model, load_run, measure, methods, play, table, trend
+import ppo
+from envs import Stream, keyed_rng
+from mem1 import (ENC, IS, POLICIES, expert, keep_last, memory_recall, merged_turns, rollout,
+                  visible_past)
+from model import GPT, GPTConfig
+
+CHECKPOINT = "stage step models model optimizer seconds log_bytes".split()  # what is in it
 
 # ----------------------------------------------------------------------------------------------
-# One episode
+# Loading a run
 
 
-def show(traj, policy):
-    """Print an episode turn by turn: `-` pruned since the last turn, `=` kept, `+` written now."""
-    print(f"task   {ENC.decode(traj.prompt)}")
-    before = []
-    for t, turn in enumerate(traj.turns):
-        kept = recall(traj.env, policy, traj.turns[:t])
-        pruned = []
-        for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, False).get_opcodes():
-            if op != "equal":
-                pruned += before[a:b]
-        print(f"turn {t + 1}")
-        now = turn.state + turn.action
-        for mark, ids in ("-", pruned), ("=", kept), ("+", now):
-            if ids:
-                print(f"     {mark} {ENC.decode(ids)}")
-        before = kept + now + turn.info
-    env = traj.env
-    golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
-    print(f"       {env.cause}; the right answer is {golds}: em {env.em}/{env.n_objectives}, "
-          f"peak {traj.peak} tokens\n")
+def load_checkpoint(out):
+    """The state in a run's checkpoint. ValueError in one line if there is none that is whole."""
+    path = Path(out) / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected the directory of a run, like runs/cpu")
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
+            if file.testzip() is not None:
+                raise ValueError("its checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or set(state) != set(CHECKPOINT):
+            raise ValueError("it has other contents")
+    except Exception as error:  # what is in a foreign file may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or not a checkpoint of ours: {reason}")
+    return state
+
+
+def load_config(out):
+    """The settings of a run, as last started or resumed. ValueError in one line."""
+    path = Path(out) / "config.json"
+    try:
+        return SimpleNamespace(**json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run of ours: {error}")
+
+
+def load_run(out):
+    """(settings, models) from a run's directory. Errors are one-line ValueErrors."""
+    models = load_checkpoint(out)["models"]
+    cfg = load_config(out)
+    cfg.device = "cpu"
+    ENC.add(envs.extra_words(cfg))
+    return cfg, models
+
+
+def load_model(saved, device="cpu"):
+    """A model of a checkpoint, {config, weights}."""
+    model = GPT(GPTConfig(**saved["config"])).to(device)
+    model.load_state_dict(saved["weights"])
+    return model
 
 
 # ----------------------------------------------------------------------------------------------
 # Many episodes
+
+
+def play(model, policy, cfg, n_objectives, which, split, sampled=False):
+    """The trajectories of some episodes of one horizon, greedy or sampled. which: their numbers."""
+    keys = [[0, split, n_objectives, i, 0] for i in which]
+    environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
+    rngs = None
+    if sampled:
+        rngs = [keyed_rng(0, split, n_objectives, i, 2) for i in which]
+    return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # they get long
+
+
+def measures(traj, policy):
+    """What is measured of one episode; eval.py explains each."""
+    turns, env = traj.turns, traj.env
+    right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
+    malformed = int(env.cause == "malformed")
+    tokens = len(traj.prompt)  # encoded once
+    for ids, _ in merged_turns(traj):
+        tokens += len(ids) - len(traj.prompt)
+    return dict(
+        em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
+        malformed=malformed, right=float(np.mean(right)), time=traj.seconds, kv_bytes=traj.kv_bytes,
+        tokens=tokens)
+
+
+def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
+    """Means of measures() over the episodes, shared among the processes."""
+    trajs = play(model, policy, cfg, n_objectives, ppo.share(episodes), split, sampled)
+    return ppo.mean_of([measures(traj, policy) for traj in trajs])
+
+
+def validate(model, agent, cfg):
+    """EM and peak at 2 and 16 objectives, or the most tested: {"em@2": ..., "peak@16": ...}."""
+    found = {}
+    for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
+        r = measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, Stream.VALID)
+        found[f"em@{n}"], found[f"peak@{n}"] = r["em"], r["peak"]
+    return found
+
+
+def methods(models, snapshots=False):
+    """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
+    and after PPO, greedy and sampled; on request its snapshots. And `truncate`: the weights of
+    full-list with MEM1's context."""
+    found = {}
+    for name in models:
+        agent = re.split("-demos|@", name)[0]
+        if agent in POLICIES and (snapshots or "@" not in name):
+            found[name] = name, POLICIES[agent], False
+            found[f"{name}-sampled"] = name, POLICIES[agent], True
+    if "full-list" in models:
+        found["truncate"] = "full-list", keep_last, False
+    return found
+
+
+def table(models, cfg, chosen, episodes, log):
+    """{method: {objectives: measures}}; log(line) of each as it is known."""
+    log(f"{'method':23s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
+        f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
+    results = {}
+    for name, (source, policy, sampled) in chosen.items():
+        model = load_model(models[source], cfg.device)
+        results[name] = {}
+        for n in cfg.eval_objectives:
+            r = measure(model, policy, cfg, n, episodes, Stream.TEST, sampled)
+            results[name][str(n)] = r
+            log(f"{name:23s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
+                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
+                 f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
+    return results
+
+
+def trend(results):
+    """The paper's headline, at the farthest horizon up to 16: mem1 against full context."""
+    n = max((int(n) for n in results.get("full", {}) if int(n) <= 16), default=None)
+    if n is None or "mem1" not in results:
+        return "this run does not have both mem1 and full: nothing to compare"
+    a, b = results["mem1"][str(n)], results["full"][str(n)]
+    times = f": {a['em'] / b['em']:.1f} times the accuracy" if b["em"] else ""
+    return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}{times}, "
+            f"with 1/{b['peak'] / a['peak']:.1f} of the peak tokens (paper: 3.5, 1/3.7)")
 
 
 def memory(trajs, policy):
@@ -75,7 +184,7 @@ def memory(trajs, policy):
     """
     by_turn = {}
     for traj in trajs:
-        for t, found, held in remembered(traj):
+        for t, found, held in memory_recall(traj):
             turn = traj.turns[t]
             right = turn.written == expert(traj.env, policy, traj.turns[:t])
             cells = len(found), len(held), right, len(turn.state)
@@ -88,157 +197,26 @@ def memory(trajs, policy):
     return rows
 
 
-def memory_table(rows):
-    """What memory() found, as markdown."""
-    cells = []
-    for t, r in rows.items():
-        cells.append([t, f"{r['going']:.0%}", f"{r['found']:.1f}", f"{r['held']:.0%}",
-                      f"{r['right']:.1%}", f"{r['state']:.1f}"])
-    return markdown(["turn", "going", "found", "held", "right", "state"], cells)
-
-
-# ----------------------------------------------------------------------------------------------
-# Several runs
-
-
-def collect(paths, device):
-    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos oracle
-    `mem1-oracle`.
-
-    This also plays mem1: what its state holds at 16 objectives, and its measures at 64, the longest
-    horizon, if the run has indices for it.
-    """
-    one = dict(seeds={}, memory={}, curves={}, meta={})
-    runs = [(Path(path), *load_run(path)) for path in paths]
-    assert len({cfg.env for _, cfg, _ in runs}) == 1, "--table: runs of different worlds"
-    sizes = []
-    for _, _, models in runs:
-        weights = next(iter(models.values()))["weights"]
-        sizes.append(sum(w.numel() for w in weights.values()))
-    for (path, cfg, models), size in zip(runs, sizes):
-        if not (path / "results.json").is_file():
-            raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
-        times = round(size / min(sizes))
-        variant = f"-{times}x" if times > 1 else ""
-        variant += "-oracle" if cfg.demos == "oracle" else ""
-        results = json.loads((path / "results.json").read_text())
-        one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
-        seed = str(cfg.seed)
-        mine = one["seeds"].setdefault(seed, {})
-        for method, cells in results.items():
-            if method + variant in mine:
-                raise ValueError(f"{path}: a second run of seed {seed} with {method}{variant}")
-            mine[method + variant] = cells
-        curves = one["curves"].setdefault(seed, {})
-        for line in (path / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            if row["stage"] == "ppo":
-                point = round(row["reward"], 4), round(row["memory"], 4)
-                curves.setdefault(row["agent"] + variant, []).append(point)
-        if "mem1" in results:
-            for method in "mem1", "mem1-demos":
-                model = load_model(models[method], device)
-                look_closer(one, cfg, model, seed, method + variant)
-    return one
-
-
-def look_closer(one, cfg, model, seed, method):
-    """The part of collect() that plays episodes."""
-    policy = POLICIES["mem1"]
-    n, farthest = min(16, envs.longest_horizon(cfg)), min(64, envs.longest_horizon(cfg))
-    episodes = min(64, cfg.eval_episodes)
-    cells = one["seeds"][seed][method]
-    if str(farthest) not in cells:
-        cells[str(farthest)] = measure(model, policy, cfg, farthest, episodes, Stream.TEST)
-    trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
-    one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
-
-
-FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",
-               kv_bytes=".0f")
-
-
-def report(one):
-    """All tables {title: markdown} of what collect() returns: means over the seeds ± deviation."""
-    seeds = one["seeds"].values()
-    order = sorted({method for cells in seeds for method in cells})
-    horizons = sorted({int(n) for cells in seeds for rows in cells.values() for n in rows})
-    tables = {"the README's table": readme_table(one)}
-    for name, form in FORMATS.items():
-        rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in order]
-        tables[name] = markdown([name, *horizons], rows)
-    for seed, agents in one["memory"].items():
-        for method, rows in agents.items():
-            tables[f"memory of {method}, seed {seed}"] = memory_table(rows)
-    return tables
-
-
-README_AGENTS = {"mem1-demos": "mem1, random notes imitated", "mem1": "mem1, after PPO",
-                 "mem1-demos-oracle": "mem1, oracle notes imitated", "full": "full context",
-                 "full-list": "full context that lists all",
-                 "full-2x": "full context, twice the weights"}
-
-
-def readme_table(one):
-    """EM and peak at 2, 8, 16 and 32 objectives of the agents that the README compares."""
-    horizons = 2, 8, 16, 32
-    head = ["", *(f"EM of {n}" for n in horizons), *(f"peak at {n}" for n in horizons)]
-    rows = []
-    trained = {method for cells in one["seeds"].values() for method in cells}
-    for method, text in README_AGENTS.items():
-        if method not in trained:
-            continue
-        em = [cell(one, method, n, "em", ".2f") for n in horizons]
-        peak = [cell(one, method, n, "peak", ".0f").partition(" ±")[0] for n in horizons]
-        rows.append([text, *em, *peak])
-    return markdown(head, rows)
-
-
-def cell(one, method, n, name, form):
-    """Mean ± standard deviation over the seeds, as text."""
-    rows = [seed.get(method, {}) for seed in one["seeds"].values()]
-    values = [row[str(n)][name] for row in rows if str(n) in row]
-    if not values:
-        return ""
-    text = f"{np.mean(values):{form}}"
-    return f"{text} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else text
-
-
-def markdown(head, rows):
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def plot(one, path):
-    """EM and peak tokens over the horizon: a line for the mean of the seeds, a band from the lowest
-    to the highest. And what PPO discovers: mem1's reward and memory over the iterations, all seeds.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(18, 4))
-    for agents in one["curves"].values():
-        for k, curve in enumerate(zip(*agents.get("mem1", []))):  # reward, memory
-            axes[2].plot(curve, color=f"C{k}")
-    axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
-    axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
-    titles = "questions answered", "peak tokens in context"
-    for axis, name, title in zip(axes, ("em", "peak"), titles):
-        for method, label in README_AGENTS.items():
-            runs = [cells[method] for cells in one["seeds"].values() if method in cells]
-            shared = set.intersection(*map(set, runs)) if runs else []
-            x = sorted(map(int, shared))
-            y = np.array([[run[str(n)][name] for n in x] for run in runs])  # (seeds, horizons)
-            if runs:
-                axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
-                axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
-        axis.set(xscale="log", xlabel="questions in the task", title=title)
-        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
+def show(traj, policy):
+    """Print an episode turn by turn: `-` pruned since the last turn, `=` kept, `+` written now."""
+    print(f"task   {ENC.decode(traj.prompt)}")
+    before = []
+    for t, turn in enumerate(traj.turns):
+        kept = visible_past(traj.env, policy, traj.turns[:t])
+        pruned = []
+        for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, False).get_opcodes():
+            if op != "equal":
+                pruned += before[a:b]
+        print(f"turn {t + 1}")
+        now = [IS, *turn.written]
+        for mark, ids in ("-", pruned), ("=", kept), ("+", now):
+            if ids:
+                print(f"     {mark} {ENC.decode(ids)}")
+        before = kept + now + turn.info
+    env = traj.env
+    golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
+    print(f"       {env.cause}; the right answer is {golds}: em {env.em}/{env.n_objectives}, "
+          f"peak {traj.peak} tokens\n")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -250,16 +228,13 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="directory of a run, such as runs/cpu")
+    parser.add_argument("run", help="directory of a run, such as runs/cpu")
     parser.add_argument("--agents", nargs="+", help="such as mem1 full-demos; default: all")
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
-    parser.add_argument("--kinds", nargs="+", choices=["list", "chain"])
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
     parser.add_argument("--memory", action="store_true", help="what the state holds, by turn")
-    parser.add_argument("--table", nargs="+", metavar="RUN", help="all tables of several runs")
-    parser.add_argument("--plot", metavar="PNG", help="with --table: draw EM and peak, too")
     parser.add_argument("--json", action="store_true", help="print the table as JSON, nothing else")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
@@ -272,64 +247,47 @@ def parse_arguments(argv):
     for number in args.episodes, args.show:
         if number is not None and number < 1:
             refuse("--episodes, --show: expected at least 1")
-    if (args.json and (args.show or args.memory)) or (args.plot and not args.table):
-        refuse("--json and --plot are for tables")
+    if args.json and (args.show or args.memory):
+        refuse("--json is for the table")
     if args.device == "cuda" and not gpu:
         refuse("--device cuda: torch finds no GPU here")
-    if not args.run and not args.table:
-        refuse("no run given; expected the directory of a run of train.py, such as runs/cpu")
     return args, refuse
 
 
 def main(argv=None):
-    """Tables of several runs, or what the flags ask of one."""
+    """Evaluate one run."""
     args, refuse = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
-        if args.table:
-            results = tabulate(args)
-        else:
-            results = evaluate_run(args)
-    except (ValueError, AssertionError, ImportError, OSError) as error:  # or no matplotlib
+        results = evaluate_run(args)
+    except (ValueError, OSError) as error:
         refuse(str(error))
     if args.json:
         print(json.dumps(results))
 
 
-def tabulate(args):
-    """Tables of several runs, or of the one file that --json made of them."""
-    if args.table[0].endswith(".json"):
-        one = json.loads(Path(args.table[0]).read_text())
-    else:
-        one = collect(args.table, args.device)
-    if not args.json:
-        for title, text in report(one).items():
-            print(f"\n{title}\n\n{text}")
-    if args.plot:
-        plot(one, args.plot)
-    return one
-
-
 def evaluate_run(args):
-    """What the flags ask of one run."""
+    """What the flags ask for."""
     cfg, models = load_run(args.run)
     cfg.device = args.device
     if args.env not in (None, cfg.env):
-        cfg.env, cfg.facts, cfg.names, cfg.kinds = args.env, "", len(envs.NAMES), ["list"]
-    cfg.kinds = args.kinds or cfg.kinds
+        cfg.env, cfg.names = args.env, len(envs.NAMES)
     longest = envs.longest_horizon(cfg)
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     for n in cfg.eval_objectives:
-        assert 1 <= n <= longest, f"--objectives {n}: expected 1 to {longest}"
+        if not 1 <= n <= longest:
+            raise ValueError(f"--objectives {n}: expected 1 to {longest}")
     chosen = methods(models, snapshots=bool(args.agents))
+    if (args.show or args.memory) and not args.agents:
+        chosen = {name: chosen[name] for name in chosen if not name.endswith("-sampled")}
     if args.agents:
         unknown = set(args.agents) - set(chosen)
-        assert not unknown, f"--agents {' '.join(unknown)}: the run has {', '.join(chosen)}"
+        if unknown:
+            raise ValueError(f"--agents {' '.join(unknown)}: the run has {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in args.agents}
     if not (args.show or args.memory):
         episodes = args.episodes or cfg.eval_episodes
-        tell = (lambda line: None) if args.json else print
-        results = table(models, cfg, chosen, episodes, tell)
+        results = table(models, cfg, chosen, episodes, (lambda line: None) if args.json else print)
         if not args.json:
             print(trend(results))
         return results
@@ -337,13 +295,17 @@ def evaluate_run(args):
     n = (args.objectives or [min(4 if args.show else 16, longest)])[0]
     which = range(args.show or args.episodes or 64)
     env = envs.make_env(cfg, 1, [0])
-    assert env.paths or not args.memory, "--memory: in this world a state holds no list of answers"
+    if args.memory and not env.paths:
+        raise ValueError("--memory: in this world a state holds no list of answers")
     for name, (source, policy, sampled) in chosen.items():
         model = load_model(models[source], cfg.device)
         trajs = play(model, policy, cfg, n, which, Stream.TEST, sampled)
         print(f"--- {name}, {n} objectives, {len(which)} episodes")
         if args.memory:
-            print(memory_table(memory(trajs, policy)))
+            print("turn  going  found   held  right  state")
+            for turn, r in memory(trajs, policy).items():
+                print(f"{turn:>4s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} "
+                      f"{r['right']:6.1%} {r['state']:6.1f}")
         else:
             for traj in trajs:
                 show(traj, policy)

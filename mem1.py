@@ -11,16 +11,15 @@ Most agents append every turn to their context. A MEM1 agent rewrites one compac
              always  only read, not in the loss      once (all but <IS>, which is given)
 
 This file holds the whole method except the optimiser: tags and tokenizer, the parser for the
-agent's output, the context policies (what to keep), the rollout, the trajectory, and the rows that
-the learner trains on. It also has the layouts of the paper and of its released code, to measure
-what exactness is worth.
+agent's output, the turn, the context policies (what to keep), the rollout, and the rows that the
+learner trains on.
 
-The one idea: every token is trained in the context in which it was sampled. Contexts of an episode
-that share a prefix share its tokens, so together they form a tree whose trunk is the prompt. A
-*branch* continues as long as the context is only appended to; when something is pruned, a new one
-starts at the prompt, and what was kept is copied into it. So MEM1 has a branch for nearly every
-turn, and an agent that keeps everything has a single one. The learner lays the tree out as one row
-per branch, the path from the root to its end, with a plain causal mask: nothing is approximated.
+The one idea: every token is trained in the context in which it was sampled. A Turn holds what the
+agent saw and what it wrote; the learner reads the two as one row under a plain causal mask, and the
+loss is on what was written. Nothing is approximated.
+
+From the environment (envs.py) this file needs little: its prompt as text; step(kind, text), which
+takes a query or an answer and returns text; done; history, the turns played before the agent's own.
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
@@ -31,9 +30,7 @@ Differs from the paper (sec. 3.3) and its released code:
 """
 import re
 import time
-from dataclasses import dataclass, field, replace
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import numpy as np
 import tiktoken
@@ -85,13 +82,13 @@ TASK, IS, QUERY, ANSWER, INFO, END = TAG_IDS = [ENC.tags[tag] for tag in TAGS]
 
 
 def parse(ids):
-    """What the agent wrote after its <IS>: (kind, state ids, action ids, action text). Never fails.
+    """What the agent wrote after its <IS>: (kind, state ids, text of its action). Never fails.
 
     Well-formed is `state <query> text <end>` or `state <answer> text <end>`; all else is
     "malformed".
 
     >>> state, text = map(ENC.encode_ordinary, (" #1 jelo", " jelo heir"))
-    >>> parse([*state, QUERY, *text, END])[0::3]
+    >>> parse([*state, QUERY, *text, END])[0::2]
     ('query', ' jelo heir')
     >>> parse([QUERY, QUERY, END])[0], parse([QUERY, END, IS])[0], parse([])[0]
     ('malformed', 'malformed', 'malformed')
@@ -103,75 +100,49 @@ def parse(ids):
     kind = {(QUERY, END): "query", (ANSWER, END): "answer"}.get(tuple(tags), "malformed")
     if ids[-1:] != [END]:
         kind = "malformed"
-    return kind, state, action, text
+    return kind, state, text
 
 
 # ----------------------------------------------------------------------------------------------
-# The trajectory
+# The episode, turn by turn
 
 
 @dataclass
 class Turn:
-    """One exchange with the environment, as token ids; the three parts follow each other."""
-    state: list  # <IS> ...
-    action: list  # <query> ... <end>, or <answer> ... <end>
-    info: list  # <info> ...; empty after the last turn
+    """One exchange with the environment, as token ids. The learner's row is context + written."""
+    context: list  # what the agent saw: the prompt, what its context policy kept, <IS>
+    written: list  # what it wrote then: its state, <query> ... or <answer> ..., <end>
+    info: list = field(default_factory=list)  # <info> ..., the reply; empty after the last turn
+    logp: list = field(default_factory=list)  # of each written token, as it was sampled
+    value: list = field(default_factory=list)  # at the position that predicts it
 
     @property
-    def written(self):
-        """What the agent wrote: all but <IS>, which was given."""
-        return self.state[1:] + self.action
-
-
-@dataclass
-class Branch:
-    """What follows the prompt in one row of the learner. Parallel lists, one entry per token."""
-    ids: list = field(default_factory=list)
-    loss_mask: list = field(default_factory=list)  # True where the agent chose the token, here
-    logp: list = field(default_factory=list)  # as sampled; 0 where not trained
-    value: list = field(default_factory=list)  # at the position that predicts the token; 0 likewise
-    attn_mask: object = None  # (P + n, P + n) bool, for layouts that are not exact; None: causal
-
-    def extend(self, ids, loss_mask, logp=None, value=None):
-        self.ids += ids
-        self.loss_mask += [loss_mask] * len(ids)
-        self.logp += logp or [0.0] * len(ids)
-        self.value += value or [0.0] * len(ids)
+    def state(self):
+        """The internal state alone, without its <IS>."""
+        return parse(self.written)[1]
 
 
 @dataclass
 class Trajectory:
-    """An episode: the prompt, the branches that grow from it, and its environment."""
+    """An episode."""
     env: object
-    prompt: list  # what every turn sees: see prompt_ids()
-    branches: list = field(default_factory=list)
+    prompt: list  # the task; every turn sees it
     turns: list = field(default_factory=list)
-    cached: int = 0  # tokens of the last branch that are in the sampler's cache
-    spans: list = field(default_factory=list)  # (seen, wrote) per turn: tokens, prompt not counted
     seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
     kv_bytes: int = 0  # key-value memory allocated for it
 
-    def open_turn(self, policy):
-        """Put into context what the agent sees before it writes. True if it is a new branch."""
-        context = [*recall(self.env, policy, self.turns), IS]
-        last = self.branches[-1].ids if self.branches else None
-        new_branch = last is None or context[: len(last)] != last
-        if new_branch:
-            self.branches.append(Branch())
-        branch = self.branches[-1]
-        branch.extend(context[len(branch.ids) :], loss_mask=False)
-        return new_branch
+    def next_context(self, policy):
+        """What the agent sees before it writes its next turn."""
+        return [*self.prompt, *visible_past(self.env, policy, self.turns), IS]
 
-    def close_turn(self, ids, logp=None, value=None):
-        """Record what the agent wrote, then step the environment."""
-        branch = self.branches[-1]
-        self.spans.append((len(branch.ids), len(ids)))
-        branch.extend(ids, loss_mask=True, logp=logp, value=value)
-        self.cached = len(branch.ids) - 1  # the sampler has not fed back the last token
-        kind, state, action, text = parse(ids)
+    def add_turn(self, context, written, logp=(), value=()):
+        """Record a turn, and step the environment."""
+        kind, _, text = parse(written)
         observation = self.env.step(kind, text)
-        info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
-        self.turns.append(Turn([IS, *state], action, info))
+        info = []
+        if not self.env.done:
+            info = [INFO, *ENC.encode_ordinary(observation)]
+        self.turns.append(Turn(context, written, info, list(logp), list(value)))
 
     @property
     def reward(self):
@@ -181,21 +152,26 @@ class Trajectory:
     @property
     def peak(self):
         """Most tokens in context over the turns, prompt not counted (MEM1 app. A.4)."""
-        return max((seen + wrote for seen, wrote in self.spans), default=0)
+        longest = max(len(turn.context) + len(turn.written) for turn in self.turns)
+        return longest - len(self.prompt)
 
     @property
     def dependency(self):
-        """The tokens in context before each written token, summed (MEM1 app. A.4): over the turns,
-        the sum of seen + i + 1/2 for i in 0..wrote-1."""
-        return sum((seen + wrote / 2) * wrote for seen, wrote in self.spans)
+        """The tokens in context before each written token, summed (MEM1 app. A.4), prompt not
+        counted: over the turns, the sum of seen + i + 1/2 for i in 0..wrote-1."""
+        total = 0
+        for turn in self.turns:
+            seen, wrote = len(turn.context) - len(self.prompt), len(turn.written)
+            total += (seen + wrote / 2) * wrote
+        return total
 
     @property
     def n_trained(self):
         """Tokens that the agent chose."""
-        return sum(sum(branch.loss_mask) for branch in self.branches)
+        return sum(len(turn.written) for turn in self.turns)
 
 
-def remembered(traj):
+def memory_recall(traj):
     """Which answers the agent found and its state holds: [(turn, found, held), ...], one per query.
 
     found  answers {(index, answer), ...} that it has asked for and been shown before this turn
@@ -204,120 +180,36 @@ def remembered(traj):
     """
     found, rows = set(), []
     for t, turn in enumerate(traj.turns):
-        kind, _, _, query = parse(turn.written)
+        kind, state, query = parse(turn.written)
         if kind == "query":
-            entries = set(re.findall(envs.ENTRY, ENC.decode(turn.state)))
+            entries = set(re.findall(envs.ENTRY, ENC.decode(state)))
             rows.append((t, set(found), found & entries))
         found |= envs.answers_shown(traj.env.paths, query, ENC.decode(turn.info))
     return rows
 
 
-def tree(traj):
-    """All tokens of a trajectory, the prompt's, then each branch's: (ids, parent, loss_mask).
-
-    parent[i] is the token right before i in its context, -1 for the first. All else follows from
-    it: i's context is the path from the root to i, and it is predicted at parent[i].
-
-    >>> ids, parent, loss_mask = tree(sketch(keep_last, turns=3))
-    >>> parent
-    [-1, 0, 1, 2, 3, 4, 0, 6, 7, 8, 9]
-    """
-    n = len(traj.prompt)
-    ids = list(traj.prompt)
-    parent = list(range(-1, n - 1))
-    loss_mask = [False] * n
-    for branch in traj.branches:
-        parent += [n - 1, *range(len(ids), len(ids) + len(branch.ids) - 1)]
-        ids += branch.ids
-        loss_mask += branch.loss_mask
-    return ids, parent, loss_mask
-
-
-def attention_mask(traj):
-    """Who sees whom (n, n), bool. A token sees its parent, what that sees, and itself.
-
-    Three turns of MEM1, tags only: Task, then State, Query, Info for each turn; `*` is trained.
-
-    >>> print(picture(sketch(keep_last, turns=3)))
-      T S Q I S Q S Q I S Q
-    T 1 . . . . . . . . . .
-    S 1 1 . . . . . . . . .
-    Q 1 1 1 . . . . . . . . *
-    I 1 1 1 1 . . . . . . .
-    S 1 1 1 1 1 . . . . . .
-    Q 1 1 1 1 1 1 . . . . . *
-    S 1 . . . . . 1 . . . .
-    Q 1 . . . . . 1 1 . . .
-    I 1 . . . . . 1 1 1 . .
-    S 1 . . . . . 1 1 1 1 .
-    Q 1 . . . . . 1 1 1 1 1 *
-
-    The first two turns share a branch, since nothing is pruned yet. Then the first turn is dropped,
-    and the second is re-read in a new branch, where it is not trained a second time.
-    """
-    ids, parent, _ = tree(traj)
-    if traj.branches and traj.branches[0].attn_mask is not None:  # a layout that is not a tree
-        return traj.branches[0].attn_mask
-    see = np.eye(len(ids), dtype=bool)
-    for i in range(1, len(ids)):
-        see[i] |= see[parent[i]]
-    return see
-
-
-def picture(traj):
-    """attention_mask() as text, one row per token."""
-    ids, _, loss_mask = tree(traj)
-    names = ["TSQAIE"[TAG_IDS.index(token)] if token in TAG_IDS else "-" for token in ids]
-    lines = ["  " + " ".join(names)]
-    for name, row, trained in zip(names, attention_mask(traj), loss_mask):
-        cells = ["1" if x else "." for x in row]
-        lines.append(" ".join([name, *cells] + (["*"] if trained else [])))
-    return "\n".join(lines)
-
-
-def sketch(policy, turns):
-    """The smallest trajectory of `turns` turns: state, query and info are one token each."""
-    env = SimpleNamespace(step=lambda kind, text: "", done=False, history=[])
-    traj = Trajectory(env, [TASK])
-    for t in range(turns):
-        env.done = t == turns - 1
-        traj.open_turn(policy)
-        traj.close_turn([QUERY])
-    return traj
-
-
 # ----------------------------------------------------------------------------------------------
-# Context policies: which tokens of the turns so far the next turn sees. It always sees the prompt.
+# Context policies: what the next turn sees of the turns so far. It always sees the prompt.
 
 
 def keep_last(turns):
     """MEM1 (sec. 3.1): the last internal state, query and info, and nothing else."""
     last = turns[-1]
-    return last.state + last.action + last.info
+    return [IS, *last.written, *last.info]
 
 
 def keep_all(turns):
-    """The agent whose context grows with every turn (ReAct, Search-R1). One branch, a causal mask.
-
-    >>> print(picture(sketch(keep_all, turns=3)))
-      T S Q I S Q I S Q
-    T 1 . . . . . . . .
-    S 1 1 . . . . . . .
-    Q 1 1 1 . . . . . . *
-    I 1 1 1 1 . . . . .
-    S 1 1 1 1 1 . . . .
-    Q 1 1 1 1 1 1 . . . *
-    I 1 1 1 1 1 1 1 . .
-    S 1 1 1 1 1 1 1 1 .
-    Q 1 1 1 1 1 1 1 1 1 *
-    """
-    return [token for turn in turns for token in turn.state + turn.action + turn.info]
+    """The agent whose context grows with every turn (ReAct, Search-R1)."""
+    kept = []
+    for turn in turns:
+        kept += [IS, *turn.written, *turn.info]
+    return kept
 
 
 def keep_all_relist(turns):
-    """Full context, too. But where the demonstrator's state holds only the new answer with keep_all,
-    since the others are still in view, here it repeats the whole list, as with keep_last: what does
-    MEM1 owe to rewriting its state, and what to pruning the rest?"""
+    """Full context, too. With keep_all the demonstrator's state holds only the new answer, as the
+    others stay in view; here it repeats the whole list, as with keep_last. This tells apart what
+    MEM1 owes to rewriting its state, and what to pruning the rest."""
     return keep_all(turns)
 
 
@@ -330,10 +222,10 @@ def keep_similar(turns):
     """The last turn and the two earlier ones that share most words with its query; ties go to the
     later. An external memory with retrieval (after A-MEM, arXiv 2502.12110; MEM1 app. A.4)."""
     *earlier, last = turns
+    query = set(last.written[len(last.state) :])
 
     def overlap(t):
-        turn = earlier[t]
-        return len(set(last.action) & set(turn.state + turn.action + turn.info)), t
+        return len(query & {*earlier[t].written, *earlier[t].info}), t
 
     nearest = sorted(range(len(earlier)), key=overlap)[-2:]
     return keep_all([earlier[t] for t in sorted(nearest)] + [last])
@@ -341,17 +233,20 @@ def keep_similar(turns):
 
 def keep_info(turns):
     """The last query and info without the state: what can be done with no memory at all."""
-    return turns[-1].action + turns[-1].info
+    last = turns[-1]
+    return [*last.written[len(last.state) :], *last.info]
 
 
 POLICIES = {"mem1": keep_last, "full": keep_all, "full-list": keep_all_relist,
             "window": keep_window, "similar": keep_similar, "amnesic": keep_info}
 
 
-def recall(env, policy, turns):
+def visible_past(env, policy, turns):
     """What the next turn sees of the past, as ids."""
     turns = env.history + turns
-    return policy(turns) if turns else []
+    if not turns:
+        return []
+    return policy(turns)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -368,51 +263,61 @@ def expert(env, policy, turns, rng=None):
 
     rng: None for oracle notes; a numpy Generator for random ones.
     """
-    seen = ENC.decode(recall(env, policy, turns))
-    if rng is None:  # with keep_all, older answers stay in view: no need to list them again
+    seen = ENC.decode(visible_past(env, policy, turns))
+    if rng is None:  # with keep_all older answers stay in view, so only new ones are listed
         state, kind, text = env.expert(seen, fresh=policy is keep_all)
     else:
         state, kind, text = env.random_notes(seen, rng)
-    ids = ENC.encode_ordinary(" " + state if state else "")
+    ids = []
+    if state:
+        ids += ENC.encode_ordinary(f" {state}")
     ids.append(QUERY if kind == "query" else ANSWER)
-    return ids + ENC.encode_ordinary(" " + text if text else "") + [END]
+    if text:
+        ids += ENC.encode_ordinary(f" {text}")
+    return [*ids, END]
 
 
-def demonstrate(env, policy, rng=None):
+def expert_rollout(env, policy, rng=None):
     """An episode played by the scripted demonstrator, as a trajectory to imitate."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
-        traj.open_turn(policy)
-        traj.close_turn(expert(env, policy, traj.turns, rng))
+        traj.add_turn(traj.next_context(policy), expert(env, policy, traj.turns, rng))
     return traj
 
 
-def play_history(env, policy, first, rng=None):
-    """Let the demonstrator answer the questions before number `first`, under this context policy and
-    with its own kind of notes. What it does stands in env.history: turns as any others.
+def play_history(env, policy, first, most, rng=None):
+    """Let the demonstrator deal with the questions before number `first` (from 0), under this
+    context policy. rng: as in expert(). What it does stands in env.history: turns as any others.
 
     The turn that takes up question `first` is the agent's: it sees what it would see at this point
-    if it had to answer all questions. (Should the turns run out before, it begins with the last.)
+    if it had to answer all questions. It begins after `most` turns at the latest: without a state,
+    as in keep_info, the demonstrator asks the same again and again.
     """
+    traj = Trajectory(env, prompt_ids(env))
     start = envs.read_prompt(env.prompt)[first][0]
-    while True:
-        kind, state, action, text = parse(expert(env, policy, [], rng))
+    for _ in range(most):
+        written = expert(env, policy, traj.turns, rng)
+        kind, state, _ = parse(written)
         taken_up = re.findall(envs.OPEN, ENC.decode(state))
         if kind == "answer" or taken_up[-1][0] == start:
-            return
-        info = [INFO, *ENC.encode_ordinary(env.step(kind, text))]
-        env.history.append(Turn([IS, *state], action, info))
+            break
+        traj.add_turn(traj.next_context(policy), written)
+    env.history = traj.turns
 
 
 def exercise(cfg, step, i, longest):
-    """One reading exercise, as a trajectory of one branch in which the answers are trained."""
+    """One reading exercise, as a trajectory: each part that is trained is the end of a turn."""
     more = [*envs.extra_words(cfg), *envs.ALL_NAMES[len(envs.NAMES) : cfg.names]]
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
-    text, answer = envs.primer(rng, longest, more)
-    branch = Branch()
-    for part, learn in answer:
-        branch.extend(ENC.encode_ordinary(part), loss_mask=learn)
-    return Trajectory(None, ENC.encode_ordinary(text), [branch])
+    text, parts = envs.primer(rng, longest, more)
+    seen = ENC.encode_ordinary(text)
+    traj = Trajectory(None, seen)
+    for part, is_trained in parts:
+        ids = ENC.encode_ordinary(part)
+        if is_trained:
+            traj.turns.append(Turn(seen, ids))
+        seen = seen + ids
+    return traj
 
 
 # ----------------------------------------------------------------------------------------------
@@ -420,8 +325,8 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Most tokens that an agent may write in a turn: index and name for each question, plus room for
-    the rest."""
+    """Most tokens that an agent may write in a turn: index and name for each question, plus room
+    for the rest."""
     return (1 + env.width) * env.n_questions + 8 * (2 + env.width)
 
 
@@ -437,26 +342,32 @@ def rollout(model, environments, policy, rngs=None, batch=64):
     order = sorted(range(len(trajs)), key=lambda e: len(trajs[e].prompt))  # little padding
     for i in range(0, len(order), batch):
         some = order[i : i + batch]
-        play_out(model, [trajs[e] for e in some], policy, rngs and [rngs[e] for e in some])
+        some_rngs = [rngs[e] for e in some] if rngs else None
+        rollout_batch(model, [trajs[e] for e in some], policy, some_rngs)
     return trajs
 
 
 @torch.no_grad()
-def play_out(model, trajs, policy, rngs):
+def rollout_batch(model, trajs, policy, rngs):
     """Play some trajectories side by side, from their first turn to their last."""
     weight = model.emb.weight
     started = time.perf_counter()
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()
+    rows = [traj.prompt for traj in trajs]  # what each saw and wrote last; rows[e][:cached[e]] is
+    cached = [len(traj.prompt) for traj in trajs]  # in the cache
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
-        # 1. Bring each context up to date. A new branch starts at the prompt: the rest
-        # is forgotten, and what was kept is fed in again.
-        new_branch = [trajs[e].open_turn(policy) for e in live]
-        cache.rollback(torch.tensor(new_branch, device=weight.device))
-        starts = [0 if new else trajs[e].cached for e, new in zip(live, new_branch)]
-        pending = [trajs[e].branches[-1].ids[start:] for e, start in zip(live, starts)]
+        # 1. Bring each context up to date. Where something is pruned, all but the prompt is
+        # forgotten, and what was kept is fed in again; otherwise only what is new.
+        contexts = [trajs[e].next_context(policy) for e in live]
+        pruned, pending = [], []
+        for e, context in zip(live, contexts):
+            pruned.append(context[: len(rows[e])] != rows[e])
+            start = len(trajs[e].prompt) if pruned[-1] else cached[e]
+            pending.append(context[start:])
+        cache.rollback(torch.tensor(pruned, device=weight.device))
         hidden = feed(model, cache, pending)  # (B, C)
 
         # 2. Every episode writes a turn, and draws as many numbers as its own cap, used or not.
@@ -467,11 +378,13 @@ def play_out(model, trajs, policy, rngs):
             for b, e in enumerate(live):
                 draws[b, : caps[b]] = 1 - rngs[e].random(caps[b])  # in (0, 1]
             uniform = torch.tensor(draws, device=weight.device, dtype=weight.dtype)  # (B, max cap)
-        written, order = write(model, cache, hidden, caps, uniform)
+        turns, order = write(model, cache, hidden, caps, uniform)
 
         # 3. The environments respond; finished episodes leave the batch.
-        for e, turn in zip(live, written):
-            trajs[e].close_turn(*turn)
+        for e, context, (ids, logp, value) in zip(live, contexts, turns):
+            trajs[e].add_turn(context, ids, logp, value)
+            rows[e] = context + ids
+            cached[e] = len(rows[e]) - 1  # the last token has not been fed back
         live = [live[b] for b in order]
         going = torch.tensor([not trajs[e].env.done for e in live], device=weight.device)
         order = cache.compact(going).tolist()  # cache.B is now the number of those still going
@@ -546,28 +459,49 @@ def sample(logits, uniform=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# Learning: trajectories as the learner sees them
+# Learning: turns as the learner sees them
 
 
 @dataclass
 class Rows:
-    """Some branches, each as one row: the prompt, then the branch, right-padded.
+    """Some rows of token ids, right-padded, to be read under a causal mask.
 
-    >>> (rows,) = make_rows([sketch(keep_last, turns=3)])  # T SQISQ, T SQISQ
-    >>> rows.loss_mask.int()
-    tensor([[0, 0, 1, 0, 0, 1],
-            [0, 0, 0, 0, 0, 1]], dtype=torch.int32)
-    >>> rows.index  # the agent wrote three tokens: two in the first row, one in the second
-    tensor([0, 1, 2])
+    By definition every turn is a row, its context and then what was written. Where the context of a
+    turn begins with the whole row before it, nothing was pruned, and one row serves both turns. `T`
+    task, `S` <IS>, `Q` query, `I` info; 1 where the token is trained:
+
+    >>> for policy in keep_last, keep_all:
+    ...     print(picture(sketch(policy, turns=3)))
+    T S Q I S Q
+    0 0 1 0 0 1
+    T S Q I S Q
+    0 0 0 0 0 1
+    T S Q I S Q I S Q
+    0 0 1 0 0 1 0 0 1
+
+    MEM1's first two turns share a row, since nothing is pruned yet. Then the first turn is dropped,
+    and the second is re-read in a new row, where it is not trained a second time.
     """
     ids: torch.Tensor  # (B, T)
     loss_mask: torch.Tensor  # (B, T) bool: True where the agent chose the token, in this row
     index: torch.Tensor  # (m,) place of each trained token among all M of the trajectories
-    attn_mask: object = None  # (B, 1, T, T) bool; None: causal
 
     def to(self, device):
-        tensors = vars(self).values()
-        return Rows(*(None if x is None else x.to(device) for x in tensors))
+        return Rows(self.ids.to(device), self.loss_mask.to(device), self.index.to(device))
+
+
+def merged_turns(traj):
+    """The rows of an episode, [(ids, loss_mask), ...], one per turn but for those that continue the
+    row before. For keep_all all turns become one row, or their cost would be quadratic."""
+    rows = []
+    for turn in traj.turns:
+        if not rows or turn.context[: len(rows[-1][0])] != rows[-1][0]:
+            rows.append(([], []))
+        ids, loss_mask = rows[-1]
+        new = turn.context[len(ids) :]
+        ids += new + turn.written
+        loss_mask += [False] * len(new) + [True] * len(turn.written)
+    return rows
 
 
 def make_rows(trajs, budget=8192, which=None):
@@ -577,60 +511,45 @@ def make_rows(trajs, budget=8192, which=None):
     token is in exactly one of the Rows. With nothing to train there is one row without loss, so
     that a process with no work still joins the all-reduce of DDP.
     """
-    lines, offset = [], 0
+    rows, start = [], 0  # start: how many trained tokens come before this row
     for i, traj in enumerate(trajs):
-        for branch in traj.branches:
+        for ids, loss_mask in merged_turns(traj):
             if which is None or i in which:
-                lines.append((len(traj.prompt) + len(branch.ids), traj, branch, offset))
-            offset += sum(branch.loss_mask)
-    lines.sort(key=lambda line: -line[0])  # rows of like length side by side: little padding
-    chunks = []
-    for line in lines:
-        if not chunks or (len(chunks[-1]) + 1) * chunks[-1][0][0] > budget:
-            chunks.append([])
-        chunks[-1].append(line)
-    nothing = [(1, Trajectory(None, []), Branch([IS], [False]), 0)]
-    return [collate(chunk) for chunk in chunks or [nothing]]
+                rows.append((ids, loss_mask, start))
+            start += sum(loss_mask)
+    if not rows:
+        rows = [([IS], [False], 0)]
+    rows.sort(key=lambda row: -len(row[0]))  # rows of like length side by side: little padding
+    batches = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return [pad(batch) for batch in batches]
 
 
-def collate(chunk):
-    """Lines [(length, trajectory, branch, place of its first trained token), ...] as Rows."""
-    B, T = len(chunk), chunk[0][0]
+def pad(batch):
+    """[(ids, loss_mask, place of the first trained token), ...], the longest first, as Rows."""
+    B, T = len(batch), len(batch[0][0])
     ids = np.zeros((B, T), dtype=np.int64)
     loss_mask = np.zeros((B, T), dtype=bool)
     index = []
-    attn_mask = None  # causal
-    for b, (n, traj, branch, offset) in enumerate(chunk):
-        ids[b, :n] = traj.prompt + branch.ids
-        loss_mask[b, len(traj.prompt) : n] = branch.loss_mask
-        index.append(offset + np.arange(sum(branch.loss_mask)))
-        if branch.attn_mask is not None:
-            if attn_mask is None:
-                attn_mask = torch.ones(B, 1, T, T, dtype=torch.bool).tril()  # (B, 1, T, T)
-            attn_mask[b, 0, :n, :n] = torch.from_numpy(branch.attn_mask)
-    tensors = map(torch.from_numpy, (ids, loss_mask, np.concatenate(index)))
-    return Rows(*tensors, attn_mask)
-
-
-def recorded(trajs, name):
-    """What the sampler recorded ("logp" or "value") for all trained tokens, flat (M,), one episode
-    after another, in sampling order."""
-    flat = []
-    for traj in trajs:
-        for branch in traj.branches:
-            flat += [x for x, trained in zip(getattr(branch, name), branch.loss_mask) if trained]
-    return flat
+    for b, (its_ids, its_mask, start) in enumerate(batch):
+        ids[b, : len(its_ids)] = its_ids
+        loss_mask[b, : len(its_ids)] = its_mask
+        index.append(start + np.arange(sum(its_mask)))
+    return Rows(*map(torch.from_numpy, (ids, loss_mask, np.concatenate(index))))
 
 
 def predict(model, rows):
     """The learner's view of Rows: logp, value, entropy (m,) of the trained tokens, with gradients.
 
-    In the exact layout every token has the context in which it was sampled, and the forward pass is
-    the sampler's, so logp equals what was recorded, up to rounding. The value's gradient stops at
-    its own head: the critic reads the actor's hidden states without changing them.
+    Every token has the context in which it was sampled, and the forward pass is the sampler's, so
+    logp equals what was recorded, up to rounding. The value's gradient stops at its own head: the
+    critic reads the actor's hidden states without changing them.
     """
     raw = getattr(model, "module", model)  # without its DDP wrapper
-    x = model(rows.ids, mask=rows.attn_mask)  # (B, T, C)
+    x = model(rows.ids)  # (B, T, C)
     trained = rows.loss_mask[:, 1:]  # (B, T-1): the row at t predicts ids[t+1]
     x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (m, C), (m,)
     logps = raw.logits(x).log_softmax(-1)  # (m, V)
@@ -638,63 +557,18 @@ def predict(model, rows):
     return logp, raw.value(x.detach()), -(logps.exp() * logps).sum(-1)
 
 
-# ----------------------------------------------------------------------------------------------
-# Two inexact layouts of a MEM1 trajectory, to measure what they cost
+def sketch(policy, turns):
+    """The smallest trajectory of `turns` turns: task, <IS>, query and info are one token each."""
+    traj = Trajectory(envs.Env(1, max_turns=turns), [TASK])
+    for _ in range(turns):
+        traj.turns.append(Turn(traj.next_context(policy), [QUERY], [INFO]))
+    return traj
 
 
-def stitched(traj, released=False):
-    """The paper's layout (sec. 3.3, app. A.7): each token once, under a 2-D mask of what it saw.
-
-    >>> print(picture(stitched(sketch(keep_last, turns=3))))
-      T S Q I S Q I S Q
-    T 1 . . . . . . . .
-    S 1 1 . . . . . . .
-    Q 1 1 1 . . . . . . *
-    I 1 1 1 1 . . . . .
-    S 1 1 1 1 1 . . . .
-    Q 1 1 1 1 1 1 . . . *
-    I 1 1 1 1 1 1 1 . .
-    S 1 . . . 1 1 1 1 .
-    Q 1 . . . 1 1 1 1 1 *
-
-    From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
-    while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
-    convolution does so in the first). And what is kept stands farther from what is written now.
-
-    released: the layout of the paper's published code. It also hides the previous state, which the
-    agent did see, and an <info> sees nothing but itself.
-
-    >>> print(picture(stitched(sketch(keep_last, turns=3), released=True)))
-      T S Q I S Q I S Q
-    T 1 . . . . . . . .
-    S 1 1 . . . . . . .
-    Q 1 1 1 . . . . . . *
-    I . . . 1 . . . . .
-    S 1 . 1 1 1 . . . .
-    Q 1 . 1 1 1 1 . . . *
-    I . . . . . . 1 . .
-    S 1 . . . . 1 1 1 .
-    Q 1 . . . . 1 1 1 1 *
-    """
-    branch = Branch()
-    turn, part = [-1] * len(traj.prompt), ["prompt"] * len(traj.prompt)
-    history = traj.env.history
-    for t, this in enumerate(history + traj.turns):
-        branch.extend(this.state[:1], loss_mask=False)  # its <IS> is given
-        branch.extend(this.written, loss_mask=t >= len(history))
-        branch.extend(this.info, loss_mask=False)
-        for name, ids in vars(this).items():  # state, action, info
-            turn += [t] * len(ids)
-            part += [name] * len(ids)
-    turn, part = np.array(turn), np.array(part)
-    ago = turn[:, None] - turn  # turns between the reader and what it reads
-    see = np.tri(len(turn), dtype=bool) & ((part == "prompt") | (ago <= 1))
-    if released:
-        see &= (ago == 0) | (part != "state")
-        see &= (part[:, None] != "info") | ((ago == 0) & (part == "info"))
-    branch.attn_mask = see
-    return replace(traj, branches=[branch])
-
-
-LAYOUTS = {"tree": lambda traj: traj,  # what was sampled, unchanged
-           "stitched": stitched, "released": partial(stitched, released=True)}
+def picture(traj):
+    """The rows of a trajectory as text: a letter for each token, 1 below it if it is trained."""
+    lines = []
+    for ids, loss_mask in merged_turns(traj):
+        lines.append(" ".join("TSQAIE"[TAG_IDS.index(token)] for token in ids))
+        lines.append(" ".join(str(int(is_trained)) for is_trained in loss_mask))
+    return "\n".join(lines)

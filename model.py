@@ -10,8 +10,8 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, at a rate of each
-   head's own. So an old state can be told from the last, at any length;
+2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, each head at its
+   own rate. So an old state can be told from the last, at any length;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
    biases but that of the value head.
 """
@@ -53,11 +53,11 @@ class GPT(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, ids, cache=None, mask=None):
+    def forward(self, ids, cache=None):
         """Hidden states (B, T, C) of tokens `ids` (B, T).
 
-        cache  what each row looks back on; Cache.reserve() has made room for the new tokens
-        mask   without a cache: which token may attend to which (B, 1, T, T), bool; None: causal
+        cache  what each row looks back on; Cache.reserve() has made room for the new tokens. None:
+               each row by itself, under a causal mask
         """
         pos = torch.arange(ids.size(1), device=ids.device)  # (T,)
         if cache is not None:
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             for i, block in enumerate(self.blocks):
-                x = block(x, pos, cache, i, mask)  # (B, T, C)
+                x = block(x, pos, cache, i)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -108,13 +108,13 @@ class Block(nn.Module):
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
 
-    def forward(self, x, pos, cache, i, mask):
+    def forward(self, x, pos, cache, i):
         T, C = x.shape[1:]
         h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
         if cache is None:
             wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
         else:
-            wide = cache.widen(i, h)
+            wide = cache.widen(i, h)  # (B, 3+T, 2C)
         qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
@@ -122,9 +122,10 @@ class Block(nn.Module):
         q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
         q, k = with_position(q, k, pos)
+        seen = None  # which keys each token may attend to; None: its own and those before it
         if cache is not None:
-            k, v, mask = cache.append(i, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            k, v, seen = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
+        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
@@ -133,16 +134,18 @@ class Block(nn.Module):
 def with_position(q, k, pos):
     """Lower the score of each key by its distance times the slope of the head (ALiBi).
 
-    q, k (B, nh, T, hs), pos (T,) or (B, T). The score is q.k / sqrt(hs) - slope (pos of the query -
-    pos of the key), and softmax is shift-invariant, so the query's position drops out. That leaves
-    one channel, the last: the constant sqrt(hs) in the query, slope * pos in the key. The slopes
-    run from 1/64 in the first head to 0 in the last, which looks back any distance.
+    q, k (B, nh, T, hs), pos (T,) or (B, T). The score is q.k / sqrt(hs) - slope * (pos of the query
+    - pos of the key), and softmax is shift-invariant, so the query's position drops out. The rest
+    takes the place of the last two channels: the constant sqrt(hs) in the query, slope * pos in the
+    key, as a sum of two numbers, since bfloat16 has 8 significant bits. The slopes run from 1/64 in
+    the first head to 0 in the last, which looks back any distance.
     """
     slope = torch.linspace(2**-6, 0, q.size(1), device=q.device, dtype=q.dtype)  # (nh,)
-    rise = (slope[:, None] * pos[..., None, :])[..., None]  # (nh, T, 1) or (B, nh, T, 1)
-    rise = rise.expand(*q.shape[:-1], 1)  # (B, nh, T, 1)
-    q = torch.cat([q[..., :-1], torch.full_like(rise, q.size(-1) ** 0.5)], -1)
-    return q, torch.cat([k[..., :-1], rise], -1)  # each (B, nh, T, hs)
+    pos = torch.stack([pos - pos % 128, pos % 128], -1)  # (T, 2) or (B, T, 2)
+    rise = slope[:, None, None] * pos[..., None, :, :]  # (nh, T, 2) or (B, nh, T, 2)
+    rise = rise.expand(*q.shape[:-1], 2)  # (B, nh, T, 2)
+    q = torch.cat([q[..., :-2], torch.full_like(rise, q.size(-1) ** 0.5)], -1)
+    return q, torch.cat([k[..., :-2], rise], -1)  # each (B, nh, T, hs)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -14,8 +14,14 @@ the optimizer step, so the gradient does not depend on how the batch is split.
 Differs from the paper's released code:
 1) GAE and whitening skip what was only read; there, retrieved text is counted in;
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
-3) the KL to the reference is not clamped at 0, which would bias it;
-4) the critic is a head on the actor's network; its gradient stops at that head.
+   there, they are recomputed under the stitched layout;
+3) the KL to the reference (0.01 a nat; there 0.001) is not clamped at 0, which would bias it;
+4) the critic is a head on the actor's network whose gradient stops at that head, and its loss is
+   not clipped; there, it is a second network with 10 times the learning rate and a clipped loss;
+5) the reward is the share of right answers, 0..1; there, their number, 0..N;
+6) two epochs over each batch; there, one. No entropy bonus. Sampled at temperature 1 from the whole
+   distribution; there, from its top 95%;
+7) every minibatch has a few reading exercises beside it, since our model is not pretrained.
 """
 import contextlib
 
@@ -24,8 +30,7 @@ import torch
 import torch.distributed as dist
 
 from envs import Stream, keyed_rng
-from mem1 import (LAYOUTS, exercise, keep_all, keep_last, make_rows, predict, recall, recorded,
-                  remembered, rollout)
+from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout, visible_past
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
@@ -38,66 +43,62 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     mine = share(cfg.ppo_batch)
     rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
     trajs = rollout(raw, environments, policy, rngs, cfg.play_batch)
-    layout = cfg.layout if policy is keep_last else "tree"
-    views = list(map(LAYOUTS[layout], trajs))  # what the learner sees
 
     # 2. Compute the advantage of each token that the agent chose.
-    sampled_logp = torch.tensor(recorded(trajs, "logp"), **like)  # (M,)
-    old_logp = sampled_logp.clone()  # (M,)
-    old_value = torch.tensor(recorded(trajs, "value"), **like)  # (M,)
+    turns = [turn for traj in trajs for turn in traj.turns]
+    old_logp = torch.tensor([x for turn in turns for x in turn.logp], **like)  # (M,)
+    old_value = torch.tensor([x for turn in turns for x in turn.value], **like)  # (M,)
     ref_logp = torch.zeros_like(old_logp)  # (M,)
     with torch.no_grad():
-        for rows in make_rows(views, cfg.micro_batch):
+        for rows in make_rows(trajs, cfg.micro_batch):
             rows = rows.to(device)
             ref_logp[rows.index] = predict(reference, rows)[0]
-            if layout != "tree":  # as in the paper's code: recomputed by the learner
-                old_logp[rows.index], old_value[rows.index] = predict(raw, rows)[:2]
     reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
-    turn_ends = marks([len(turn.written) for traj in trajs for turn in traj.turns], device)  # (M,)
-    last = marks([traj.n_trained for traj in trajs], device)  # (M,)
+    turn_ends = segment_ends([len(turn.written) for turn in turns], device)  # (M,)
+    last = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
     rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
     adv, ret = gae(rewards, old_value, last, cfg.gamma, cfg.lam)  # each (M,)
     adv = whiten(adv)  # (M,)
 
     # 3. Learn.
-    sums = torch.zeros(4, **like)  # tokens, entropy, kl, clipped: over all epochs
     gap = torch.zeros((), **like)
+    sums = torch.zeros(5, **like)  # over all epochs: tokens, entropy, KL, KL to the reference, clip
     processed = 0  # tokens in this process's rows, padding included
-
-    def ppo_loss(rows, n, first):
-        nonlocal gap
-        i = rows.index
-        logp, value, entropy = predict(model, rows)  # each (m,): the trained tokens here
-        if first:  # nothing has been updated yet: the learner must agree with the sampler
-            gap = torch.cat([(logp.detach() - sampled_logp[i]).abs(), gap[None]]).max()
-        with torch.no_grad():
-            kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
-            sums.add_(torch.stack([torch.ones_like(kl), entropy, kl, clip]).sum(1))
-        policy_term = policy_loss(logp, old_logp[i], adv[i], cfg.clip)  # (m,)
-        value_term = 0.5 * (value - ret[i]) ** 2  # (m,): its gradient ends at the value head
-        return (policy_term + value_term).sum() / n
-
-    def reading_loss(rows, n):  # a little of the primer, or reading skills erode
-        return cfg.primer_coef * nll(model, rows) / n
-
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
             which = [mine.index(e) for e in chosen if e in mine]
-            batch = make_rows(views, cfg.micro_batch, which)
-            n = token_count(batch, device)
-            first = epoch == k == 0
-            work = [(ppo_loss, rows, n, first) for rows in batch]
-            if cfg.exercises:
-                batch = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
-                n = token_count(batch, device)
-                work += [(reading_loss, rows, n) for rows in batch]
-            norm = optimizer_step(model, optimizer, work, cfg.grad_clip)
-            processed += sum(rows.ids.numel() for _, rows, *_ in work)
+            played, reading = make_rows(trajs, cfg.micro_batch, which), []
+            if cfg.exercises:  # a little of the primer, or reading skills erode
+                reading = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
+            n_played, n_reading = token_count(played, device), token_count(reading, device)
+            final = [*played, *reading][-1]
+            optimizer.zero_grad()
 
-    tokens, entropy, kl, clip = all_sum(sums).tolist()
+            for rows in played:
+                i = rows.index.to(device)
+                with no_sync(model, unless=rows is final):
+                    logp, value, entropy = predict(model, rows.to(device))  # each (m,): tokens here
+                    policy_term = policy_loss(logp, old_logp[i], adv[i], cfg.clip)  # (m,)
+                    value_term = 0.5 * (value - ret[i]) ** 2  # (m,): ends at the value head
+                    backward((policy_term + value_term).sum() / n_played)
+                logp, entropy = logp.detach(), entropy.detach()
+                if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
+                    gap = torch.cat([(logp - old_logp[i]).abs(), gap[None]]).max()
+                kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
+                to_ref = old_logp[i] - ref_logp[i]
+                sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clip]).sum(1)
+
+            for rows in reading:
+                with no_sync(model, unless=rows is final):
+                    backward(cfg.primer_coef * nll(model, rows.to(device)) / n_reading)
+
+            norm = clip_and_step(model, optimizer, cfg.grad_clip)
+            processed += sum(rows.ids.numel() for rows in played + reading)
+
+    tokens, entropy, kl, to_ref, clip = all_sum(sums).tolist()
     return dict(
-        mean_over_episodes(trajs), tokens=int(tokens), processed=processed,
-        norm=norm, kl=kl / tokens, clip=clip / tokens, ent=entropy / tokens,
+        mean_over_episodes(trajs), tokens=int(tokens), processed=processed, norm=norm,
+        kl=kl / tokens, ref=to_ref / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_max(gap).item())
 
 
@@ -108,21 +109,22 @@ def nll(model, rows):
     return -logp.sum() + 0.0 * value.sum()
 
 
-def optimizer_step(model, optimizer, work, grad_clip):
-    """One step on the sum of the losses of all processes. Returns the norm of the gradient.
+def no_sync(model, unless=False):
+    """Where gradients are added up in each process on its own: in all micro-batches of a step but
+    the last, in whose backward pass DDP averages them over processes."""
+    if unless or not dist.is_initialized():
+        return contextlib.nullcontext()
+    return model.no_sync()
 
-    work: [(function, rows, ...), ...], one per micro-batch; function(rows, ...) is its loss. DDP
-    averages over processes, hence the factor world_size, and synchronises gradients only in the
-    last backward pass. A gradient that is not finite is so in all processes, and raises
-    FloatingPointError before any weight changes.
-    """
-    _, world_size = process()
-    device = next(model.parameters()).device
-    optimizer.zero_grad(set_to_none=True)
-    for i, (loss, rows, *args) in enumerate(work):
-        local = world_size > 1 and i < len(work) - 1
-        with model.no_sync() if local else contextlib.nullcontext():
-            (loss(rows.to(device), *args) * world_size).backward()
+
+def backward(loss):
+    """Add this process's share of the gradient of a loss. DDP averages, and we want the sum."""
+    (loss * process()[1]).backward()
+
+
+def clip_and_step(model, optimizer, grad_clip):
+    """End an optimizer step. Returns the norm of the gradient. One that is not finite is so in all
+    processes, and raises FloatingPointError before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
         raise FloatingPointError("the loss or its gradient is not finite")
@@ -139,10 +141,10 @@ def turn_rewards(traj):
     return [0.0] * (len(traj.turns) - 1) + [traj.reward]
 
 
-def marks(lengths, device):
+def segment_ends(lengths, device):
     """True at the last token of each of some consecutive segments, (sum of lengths,).
 
-    >>> marks([2, 3], "cpu").int().tolist()
+    >>> segment_ends([2, 3], "cpu").int().tolist()
     [0, 1, 0, 0, 1]
     """
     ends = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
@@ -175,10 +177,10 @@ def mean_over_episodes(trajs):
     """What to log of the episodes of all processes: {name: mean}."""
     rows = []
     for t in trajs:
-        memory = remembered(t)
+        memory = memory_recall(t)
         rows.append(dict(
             reward=t.reward, em=t.env.em, of=t.env.n_objectives, peak=t.peak, turns=len(t.turns),
-            unpruned=len(recall(t.env, keep_all, t.turns)),  # what a full context would hold
+            unpruned=len(visible_past(t.env, keep_all, t.turns)),  # what a full context would hold
             found=sum(len(found) for _, found, _ in memory),
             held=sum(len(held) for _, _, held in memory)))
     row = mean_of(rows)

@@ -14,8 +14,8 @@ cannot, hence the first stage:
              list. The notes that mem1 imitates are random (envs.random_notes)
     ppo      reward, on two objectives: that answers are worth noting down
 In the last two, most tasks are pieces of longer ones: see training_task(). The agent `mem1` prunes
-its context, the agent `full` keeps everything. Besides, `full` imitates oracle notes, which serve it
-better, and lists only new answers, since old ones stay in view.
+its context, the agent `full` keeps everything. Besides, `full` imitates oracle notes, which serve
+it better, and lists only new answers, since old ones stay in view.
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
@@ -23,6 +23,7 @@ uninterrupted one bit for bit, and any number of processes plays the same episod
 import argparse
 import dataclasses
 import datetime
+import fcntl
 import inspect
 import io
 import json
@@ -30,12 +31,12 @@ import logging
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,13 +47,14 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import (ENC, LAYOUTS, POLICIES, demonstrate, exercise, expert, keep_last, make_rows,
-                  play_history, rollout)
+from eval import load_checkpoint, load_config, load_model, load_run, methods, table, trend, validate
+from mem1 import ENC, POLICIES, exercise, expert_rollout, make_rows, play_history
 from model import GPT, GPTConfig
 from ppo import share
 
@@ -61,7 +63,7 @@ from ppo import share
 class Config:
     """All settings of a run; each field is a flag of the command line."""
     # run
-    preset: str = "cpu"  # several of the fields below at once; default on a GPU: gpu
+    preset: str = "cpu"  # several of the fields below at once
     out: str = "runs/cpu"  # the run's directory; runs/PRESET unless given
     resume: bool = False  # continue from the checkpoint in --out
     start: str = ""  # a run to take the imitated agents from; only PPO is then run
@@ -75,13 +77,11 @@ class Config:
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     # world
     env: str = "qa"  # qa, or a world of experiments/: web, count, shop, dialogue
-    facts: str = ""  # a file of facts to ask about, instead of an invented world
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    kinds: tuple = ("list",)  # list: independent questions; chain (envs.ComposedQA)
     names: int = 200  # of the invented world; those beyond 200 are several tokens each
-    around: int = 4  # most questions before and after the agent's own in training; 0: whole tasks
-    most_turns: int = 130  # largest turn budget in training: what 64 questions get
+    around: int = 4  # most questions before the agent's own in training, and after; 0: whole tasks
+    most_turns: int = 130  # largest turn budget in training: what 64 questions of 2 hops get
     # model
     n_layer: int = 4
     n_head: int = 2  # two wide ones did better than four on long lists
@@ -108,7 +108,6 @@ class Config:
     kl_coef: float = 0.01  # reward lost per nat of KL from the imitated policy
     gamma: float = 1.0
     lam: float = 1.0
-    layout: str = "tree"  # of mem1's trajectories in PPO; all but tree are inexact (mem1.py)
     # optimisation
     grad_clip: float = 1.0
     weight_decay: float = 0.01
@@ -136,10 +135,11 @@ PRESETS = {
 }
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
-               kinds=["list", "chain"], layout=[*LAYOUTS], demos=["random", "oracle"])
+               demos=["random", "oracle"])
 MAY_BE_ZERO = """seed nproc workers exercises around primer_coef clip kl_coef gamma lam
                  weight_decay""".split()
-MAY_CHANGE = "out resume device nproc workers play_batch compile preset".split()  # on --resume
+AT_MOST_ONE = "gamma lam clip primer_lr demos_lr ppo_lr".split()
+MAY_CHANGE = "out resume device nproc".split()  # on --resume
 
 # ----------------------------------------------------------------------------------------------
 # The three stages
@@ -148,14 +148,7 @@ MAY_CHANGE = "out resume device nproc workers play_batch compile preset".split()
 def train_primer(run):
     """Reading exercises, on lists that get longer."""
     cfg, stage = run.cfg, begin_stage(run, "primer", agent=None, base=None)
-
-    def make(step):
-        ramp = min(1.0, step / (0.6 * cfg.primer_steps))
-        longest = round(2 + ramp * (cfg.primer_longest - 2))
-        trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
-        return make_rows(trajs, cfg.micro_batch)
-
-    for step, batch in with_data(stage, make, cfg):
+    for step, batch in steps_left(stage, cfg):
         set_lr(stage, cfg.primer_lr, step, warmup=50)
         row = imitate(stage.learner, stage.optimizer, batch, cfg)
         end_step(run, stage, step + 1, row)
@@ -165,18 +158,9 @@ def train_primer(run):
 def train_demos(run, agent):
     """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
     cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-
-    def make(step):
-        key = cfg.primer_steps + step  # the exercises go on where the primer ended
-        trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-        trajs += [demonstration(cfg, agent, step, i) for i in share(cfg.demos_batch)]
-        return make_rows(trajs, cfg.micro_batch)
-
-    for step, batch in with_data(stage, make, cfg):
+    for step, batch in steps_left(stage, cfg):
         set_lr(stage, cfg.demos_lr, step, warmup=50)
         row = imitate(stage.learner, stage.optimizer, batch, cfg)
-        if is_due(stage, step + 1, cfg):
-            row.update(validate(stage.model, agent, cfg))
         end_step(run, stage, step + 1, row)
     end_stage(run, stage)
 
@@ -187,16 +171,9 @@ def train_ppo(run, agent):
     cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
     reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
     policy = POLICIES[agent]
-
-    def make(step):
-        return [training_task(cfg, agent, Stream.PPO, step, i) for i in share(cfg.ppo_batch)]
-
-    for step, environments in with_data(stage, make, cfg):
+    for step, tasks in steps_left(stage, cfg):
         set_lr(stage, cfg.ppo_lr, step, warmup=3)
-        row = ppo.update(stage.learner, stage.optimizer, reference, environments, policy, cfg, step)
-        if is_due(stage, step + 1, cfg):
-            row.update(validate(stage.model, agent, cfg))
-            keep(run, f"{agent}@{step + 1}", stage.model)
+        row = ppo.update(stage.learner, stage.optimizer, reference, tasks, policy, cfg, step)
         end_step(run, stage, step + 1, row)
     end_stage(run, stage)
 
@@ -206,13 +183,13 @@ def imitate(learner, optimizer, batch, cfg):
     log."""
     n = ppo.token_count(batch, cfg.device)
     total = torch.zeros((), device=cfg.device)
-
-    def loss(rows):
-        nll = ppo.nll(learner, rows)
-        total.add_(nll.detach())
-        return nll / n
-
-    norm = ppo.optimizer_step(learner, optimizer, [(loss, rows) for rows in batch], cfg.grad_clip)
+    optimizer.zero_grad()
+    for rows in batch:
+        with ppo.no_sync(learner, unless=rows is batch[-1]):
+            nll = ppo.nll(learner, rows.to(cfg.device))
+            ppo.backward(nll / n)
+        total += nll.detach()
+    norm = ppo.clip_and_step(learner, optimizer, cfg.grad_clip)
     processed = sum(rows.ids.numel() for rows in batch)  # padding included
     loss = (ppo.all_sum(total) / n).item()
     return dict(loss=loss, norm=norm, tokens=int(n), processed=processed)
@@ -222,12 +199,60 @@ def imitate(learner, optimizer, batch, cfg):
 # Data
 
 
+class Steps(Dataset):
+    """Item i is what step i of a stage trains on, in this process: Rows, or in PPO environments."""
+
+    def __init__(self, cfg, kind, agent):
+        self.cfg, self.kind, self.agent = cfg, kind, agent
+
+    def __getitem__(self, step):
+        cfg = self.cfg
+        if self.kind == "ppo":
+            which = share(cfg.ppo_batch)
+            return [training_task(cfg, self.agent, Stream.PPO, step, i) for i in which]
+        if self.kind == "primer":
+            ramp = min(1.0, step / (0.6 * cfg.primer_steps))
+            longest = round(2 + ramp * (cfg.primer_longest - 2))
+            trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
+        else:  # the exercises go on where the primer ended
+            key = cfg.primer_steps + step
+            trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
+            which = share(cfg.demos_batch)
+            trajs += [demonstration(cfg, self.agent, step, i) for i in which]
+        return make_rows(trajs, cfg.micro_batch)
+
+
+def steps_left(stage, cfg):
+    """(step, its data) of each remaining step, made ahead by cfg.workers processes, if any."""
+    # A signal may go to the whole process group. A worker that dies of it takes this process with
+    # it, before that has finished its step and saved. So workers ignore signals.
+    loader = DataLoader(
+        Steps(cfg, stage.kind, stage.agent), batch_size=None, sampler=stage.bar.iterable,
+        collate_fn=as_is, num_workers=cfg.workers, worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if cfg.workers else None)
+    return zip(stage.bar, loader)
+
+
+def as_is(data):
+    return data
+
+
+def ignore_signals(worker):
+    on_signal(signal.SIG_IGN)
+
+
+def on_signal(handler):
+    """What SIGINT, SIGTERM and SIGHUP do from now on."""
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, handler)
+
+
 def training_task(cfg, agent, stream, step, i):
     """The environment of one episode: most of the time a piece of a longer task.
 
-    before + n + after questions stand in the prompt. The demonstrator has answered the first, under
-    this agent's context policy and with its own kind of notes; that is env.history. The agent is to
-    answer the next n, and is scored on these alone. If questions come after, the turns run out.
+    before + n + after questions stand in the prompt. The demonstrator has dealt with the first,
+    under this agent's context policy and with its kind of notes; that is env.history. The agent is
+    scored on the next n alone. If questions come after, the turns run out.
 
     >>> tasks = [training_task(Config(), "mem1", Stream.PPO, 0, i) for i in range(200)]
     >>> {env.n_objectives for env in tasks}, {env.n_questions for env in tasks}
@@ -244,27 +269,29 @@ def training_task(cfg, agent, stream, step, i):
         after = int(rng.integers(cfg.around + 1))
     env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
 
-    # The turn budget: what the whole task gets; in some demonstrations too little, to show what to
-    # do when the turns run out; often much more, so that the agent has seen every number of turns
-    # left that it may be told on a long horizon.
-    hops = [len(relations) for _, _, relations, _ in envs.read_prompt(env.prompt)]
-    done = sum(hops[:before])
+    # The turn budget: what the whole task gets; in some demonstrations less, to show what to do
+    # when the turns run out; often much more, so that the agent has seen every number of turns left
+    # that it may be told on a long horizon.
+    questions = envs.read_prompt(env.prompt)
+    needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
+    done = sum(needed[:before])
     which = rng.random()
     if after:
-        env.max_turns = done + sum(hops[before : before + n]) + 1
+        env.max_turns = done + sum(needed[before : before + n]) + 1
     elif which < 0.3 and stream == Stream.DEMOS:
         env.max_turns = done + int(rng.integers(2, max(3, env.max_turns - done)))
     elif which < 0.6:
         env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, cfg.most_turns) + 1))
 
     if before or after:
-        play_history(env, POLICIES[agent], before, rng if random_notes(cfg, agent) else None)
+        notes_rng = rng if has_random_notes(cfg, agent) else None
+        play_history(env, POLICIES[agent], before, done, notes_rng)
         env.take_piece(before, n)
     return env
 
 
-def random_notes(cfg, agent):
-    """Does this agent imitate random notes? The agents that mem1 is compared with get better ones."""
+def has_random_notes(cfg, agent):
+    """Does this agent imitate random notes? Those that mem1 is compared with get better ones."""
     return cfg.demos == "random" and agent == "mem1"
 
 
@@ -278,110 +305,7 @@ def demonstration(cfg, agent, step, i):
     """
     env = training_task(cfg, agent, Stream.DEMOS, step, i)
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
-    return demonstrate(env, POLICIES[agent], rng if random_notes(cfg, agent) else None)
-
-
-def with_data(stage, make, cfg):
-    """(step, make(step)) of each remaining step, made ahead by cfg.workers processes, if any.
-
-    The data set is the steps themselves; collate_fn, which torch calls in the worker, is make.
-    """
-    # SIGINT and SIGTERM may go to the whole process group. A worker that dies of one takes this
-    # process with it, before that has finished its step and saved. So workers ignore them.
-    loader = torch.utils.data.DataLoader(
-        range(stage.steps), sampler=stage.steps_left.iterable, batch_size=None, collate_fn=make,
-        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
-        worker_init_fn=lambda worker: on_signal(signal.SIG_IGN))
-    return zip(stage.steps_left, loader)
-
-
-def on_signal(handler):
-    """What SIGINT and SIGTERM do from now on."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
-
-
-# ----------------------------------------------------------------------------------------------
-# Evaluation: what a run prints, and eval.py repeats
-
-
-def play(model, policy, cfg, n_objectives, which, split, sampled=False):
-    """The trajectories of some episodes of one horizon, greedy or sampled. which: their numbers."""
-    keys = [[0, split, n_objectives, i, 0] for i in which]
-    environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
-    rngs = None
-    if sampled:
-        rngs = [keyed_rng(0, split, n_objectives, i, 2) for i in which]
-    return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # they get long
-
-
-def measures(traj, policy):
-    """What is measured of one episode; eval.py explains each."""
-    turns, env = traj.turns, traj.env
-    right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
-    malformed = int(env.cause == "malformed")  # it ends the episode
-    return dict(
-        em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        malformed=malformed, right=float(np.mean(right)), time=traj.seconds, kv_bytes=traj.kv_bytes,
-        tokens=len(traj.prompt) + sum(len(branch.ids) for branch in traj.branches))
-
-
-def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
-    """Means of measures() over the episodes, shared among the processes."""
-    trajs = play(model, policy, cfg, n_objectives, share(episodes), split, sampled)
-    return ppo.mean_of([measures(traj, policy) for traj in trajs])
-
-
-def validate(model, agent, cfg):
-    """EM and peak at 2 and 16 objectives, or the most tested: {"em@2": ..., "peak@16": ...}."""
-    found = {}
-    for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
-        r = measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, Stream.VALID)
-        found[f"em@{n}"], found[f"peak@{n}"] = r["em"], r["peak"]
-    return found
-
-
-def methods(models, snapshots=False):
-    """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
-    and after PPO, greedy and sampled; on request its snapshots. And `truncate`: the weights of
-    full-list with MEM1's context."""
-    found = {}
-    for name in models:
-        agent = re.split("-demos|@", name)[0]
-        if agent in POLICIES and (snapshots or "@" not in name):
-            found[name] = name, POLICIES[agent], False
-            found[f"{name}-sampled"] = name, POLICIES[agent], True
-    if "full-list" in models:
-        found["truncate"] = "full-list", keep_last, False
-    return found
-
-
-def table(models, cfg, chosen, episodes, tell):
-    """{method: {objectives: measures}}; tell(line) of each as it is known."""
-    tell(f"{'method':19s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
-         f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
-    results = {}
-    for name, (source, policy, sampled) in chosen.items():
-        model = load_model(models[source], cfg.device)
-        results[name] = {}
-        for n in cfg.eval_objectives:
-            r = measure(model, policy, cfg, n, episodes, Stream.TEST, sampled)
-            results[name][str(n)] = r
-            tell(f"{name:19s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
-                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
-                 f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
-    return results
-
-
-def trend(results):
-    """The paper's headline, at the farthest horizon up to 16: mem1 against full context."""
-    n = max((int(n) for n in results.get("full", {}) if int(n) <= 16), default=None)
-    if n is None or "mem1" not in results:
-        return "this run does not have both mem1 and full: nothing to compare"
-    a, b = results["mem1"][str(n)], results["full"][str(n)]
-    times = f": {a['em'] / b['em']:.1f} times the accuracy" if b["em"] else ""
-    return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}{times}, "
-            f"with 1/{b['peak'] / a['peak']:.1f} of the peak tokens (paper: 3.5, 1/3.7)")
+    return expert_rollout(env, POLICIES[agent], rng if has_random_notes(cfg, agent) else None)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -396,7 +320,13 @@ class Run:
     state: dict  # what a checkpoint holds
     started: float  # perf_counter() when it began, moved forward by any interruption
     peak_flops: float  # peak floating point operations per second of this process
-    signals: list = field(default_factory=list)  # SIGINT and SIGTERM that came in
+    signals: list = field(default_factory=list)  # those that asked it to stop
+
+    def stop_later(self, number, frame):
+        """On a signal: finish the step and save. On a second one: end at once."""
+        if self.signals:
+            os._exit(128 + number)
+        self.signals.append(number)
 
 
 @dataclass
@@ -406,15 +336,15 @@ class Stage:
     agent: str
     name: str  # of the model that comes out: primer, mem1-demos, mem1
     steps: int
-    steps_left: object  # with a progress bar
+    bar: object  # the steps left, with a progress bar
     model: GPT
     learner: object  # the model, wrapped for DDP
     optimizer: object
     step_began: float = field(default_factory=time.perf_counter)
 
 
-FRESH = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
-             log_bytes=0)  # of metrics.jsonl
+EMPTY_STATE = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
+                   log_bytes=0)  # of metrics.jsonl
 
 
 def begin_stage(run, kind, agent, base):
@@ -450,40 +380,61 @@ def is_due(stage, step, cfg):
 
 
 def end_step(run, stage, step, row):
-    """Log a step, save a checkpoint if it is time, and stop if a signal came in."""
+    """Log a step, validate and save if it is time, and stop if a signal came in."""
     cfg = run.cfg
-    now = time.perf_counter()
-    took, stage.step_began = now - stage.step_began, now
+    took = time.perf_counter() - stage.step_began
     row["tok_s"] = row.pop("tokens") / took
     weights = sum(p.numel() for p in stage.model.parameters())
     row["mfu"] = 6 * weights * row.pop("processed") / took / run.peak_flops  # attention not counted
-    minutes = (now - run.started) / 60
+    if is_due(stage, step, cfg) and stage.agent:
+        row.update(validate(stage.model, stage.agent, cfg))
+    minutes = (time.perf_counter() - run.started) / 60
     row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
     if ppo.process()[0] == 0:
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
     if stage.kind == "ppo" or step % 50 == 0 or step == stage.steps:
-        say(log_line(row, stage.steps, took * (stage.steps - step) / 60))
+        print0(log_line(row, stage.steps, minutes_left(cfg, stage, step, minutes)))
 
     number = torch.tensor(max(run.signals, default=0), device=cfg.device)
     number = int(ppo.all_max(number))  # all processes stop after the same step
     if number or is_due(stage, step, cfg):
+        if stage.kind == "ppo" and is_due(stage, step, cfg):
+            store_model(run, f"{stage.name}@{step}", stage.model)
         run.state.update(stage=stage.name, step=step, model=stage.model.state_dict(),
                          optimizer=stage.optimizer.state_dict())
         save(run)
     if number:
-        say(f"stopped after step {step}/{stage.steps} of {stage.name}; {how_to_go_on(cfg)}")
+        print0(f"stopped after step {step}/{stage.steps} of {stage.name}; {resume_hint(cfg)}")
         sys.exit(128 + number)
+    stage.step_began = time.perf_counter()
+
+
+def minutes_left(cfg, stage, step, minutes):
+    """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
+    the primer as in imitation, 12 times as much in PPO. The final table is not counted."""
+    done, total = 0.0, 0.0
+    plan = [] if cfg.start else [("primer", None)]
+    for agent in cfg.agents:
+        plan += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
+    now = plan.index((stage.kind, stage.agent))
+    for i, (kind, _) in enumerate(plan):
+        cost = dict(primer=0.5, demos=1.0, ppo=12.0)[kind]
+        steps = getattr(cfg, f"{kind}_steps")
+        total += cost * steps
+        if i <= now:
+            done += cost * (step if i == now else steps)
+    return minutes * (total - done) / done
 
 
 def end_stage(run, stage):
     """Keep what came out of a stage."""
-    keep(run, stage.name, stage.model)
+    store_model(run, stage.name, stage.model)
     run.state.update(stage="", step=0, model=None, optimizer=None)
     save(run)
 
 
-def keep(run, name, model):
+def store_model(run, name, model):
     """Put a copy of a model, which further steps do not change, into the run's state."""
     weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
     config = dataclasses.asdict(gpt_config(run.cfg))
@@ -501,19 +452,21 @@ def gpt_config(cfg):
 
 def log_line(row, steps, eta):
     """A step as one line to read, what matters most first."""
-    looks = "".join(f" | {key} {row[key]:.2f}" for key in row if key.startswith("em@"))
-    text = f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d} | "
+    parts = [f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d}"]
     if row["stage"] == "ppo":
-        text += (f"reward {row['reward']:.2f} | em {row['em']:.2f}/{row['of']:.0f} | "
-                 f"memory {row['memory']:.0%} | "
-                 f"peak {row['peak']:.0f} vs full {row['unpruned']:.0f} "
-                 f"({row['unpruned'] / row['peak']:.1f}x) | turns {row['turns']:.1f} | "
-                 f"kl {row['kl']:.3f} | clip {row['clip']:.0%} | ent {row['ent']:.2f} | "
-                 f"ev {row['ev']:.2f} | gap {row['gap']:.0e}")
+        parts += [
+            f"reward {row['reward']:.2f}", f"em {row['em']:.2f}/{row['of']:.0f}",
+            f"memory {row['memory']:.0%}",
+            f"peak {row['peak']:.0f} vs full {row['unpruned']:.0f} "
+            f"({row['unpruned'] / row['peak']:.1f}x)",
+            f"turns {row['turns']:.1f}", f"kl {row['kl']:.3f}", f"ref {row['ref']:.3f}",
+            f"clip {row['clip']:.0%}", f"ent {row['ent']:.2f}", f"ev {row['ev']:.2f}",
+            f"gap {row['gap']:.0e}"]
     else:
-        text += f"loss {row['loss']:.4f}"
-    text += f"{looks} | {row['tok_s'] / 1e3:.1f}k tok/s | mfu {row['mfu']:.0%}"
-    return f"{text} | eta {eta:.0f}m"
+        parts.append(f"loss {row['loss']:.4f}")
+    parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
+    parts += [f"{row['tok_s'] / 1e3:.1f}k tok/s", f"mfu {row['mfu']:.0%}", f"eta {eta:.0f}m"]
+    return " | ".join(parts)
 
 
 def save(run):
@@ -544,45 +497,13 @@ def write_atomically(path, content):
         raise OSError(f"{path} cannot be written: {error}")
 
 
-def load_checkpoint(out):
-    """The state in a run's checkpoint. ValueError in one line if there is none that is whole."""
-    path = Path(out) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected the directory of a run, like runs/cpu")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
-            assert file.testzip() is None, "its checksum is wrong"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(state, dict) and set(state) == set(FRESH), "it has other contents"
-    except Exception as error:  # what is in a foreign file may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint of ours: {reason}")
-    return state
-
-
-def load_run(out):
-    """(configuration, models) from a run's directory. Errors are one-line ValueErrors."""
-    state = load_checkpoint(out)
-    cfg = read_config(out)
-    ENC.add(envs.extra_words(cfg))
-    return cfg, state["models"]
-
-
-def load_model(saved, device="cpu"):
-    """A model of a checkpoint, {config, weights}."""
-    model = GPT(GPTConfig(**saved["config"])).to(device)
-    model.load_state_dict(saved["weights"])
-    return model
-
-
 def read_config(out):
     """The Config of a run, as last started or resumed. ValueError in one line."""
-    path = Path(out) / "config.json"
     try:
-        cfg = Config(**json.loads(path.read_text())["config"])
+        cfg = Config(**vars(load_config(out)))
         check(cfg)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not the configuration of a run of ours: {error}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(out) / 'config.json'} is not the configuration of a run: {error}")
     return cfg
 
 
@@ -603,35 +524,47 @@ def set_lr(stage, lr, step, warmup):
         group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
 
 
-def say(line):
+def print0(line):
     """Print, by the first process alone, above the progress bar."""
     if ppo.process()[0] == 0:
         tqdm.write(line)
 
 
-def how_to_go_on(cfg):
+def resume_hint(cfg):
     """The end of a message about a run that stopped."""
-    return f"to continue: python train.py --out {cfg.out} --resume"
+    return f"to continue: python train.py --out {shlex.quote(cfg.out)} --resume"
 
 
 def provenance():
-    """What the numbers depend on besides the seed: code and machine."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent)
-        commit = git.stdout.strip()
-    except OSError:  # there is no git
-        commit = ""
+    """What the numbers depend on besides the seed: code and machine. The commit is empty where this
+    folder is no git repository of its own, and ends in `+` if files differ from it."""
+    here = Path(__file__).resolve().parent
+    commit = ""
+    if (here / ".git").exists():
+        try:
+            commit = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        except OSError:  # there is no git
+            pass
     return dict(commit=commit, machine=f"{platform.machine()}, {os.cpu_count()} cores",
                 python=platform.python_version(), torch=torch.__version__)
+
+
+def git(*words):
+    """What a git command prints about this folder."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parent)
+    return done.stdout.strip()
 
 
 def prepare(cfg):
     """The Run: its directory, and its state, new or from its checkpoint."""
     out = Path(cfg.out)
-    state = dict(FRESH, models={})
+    state = dict(EMPTY_STATE, models={})
     if cfg.resume:
         state = load_checkpoint(out)
+        for name, saved in state["models"].items():
+            if GPTConfig(**saved["config"]) != gpt_config(cfg):
+                stop(f"{out}: config.json does not fit the model {name} in checkpoint.pt")
     elif cfg.start:
         models = load_run(cfg.start)[1]
         for agent in cfg.agents:
@@ -641,7 +574,6 @@ def prepare(cfg):
             state["models"][f"{agent}-demos"] = saved
     run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
     if ppo.process()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
         config = dict(config=dataclasses.asdict(cfg), **provenance())
         write_atomically(out / "config.json", as_json(config))
         with open(out / "metrics.jsonl", "a") as file:
@@ -649,8 +581,17 @@ def prepare(cfg):
             file.truncate(min(file.tell(), state["log_bytes"]))
     if not cfg.resume:
         save(run)
-    on_signal(lambda number, frame: run.signals.append(number))
+    on_signal(run.stop_later)
     return run
+
+
+def lock_run(out):
+    """Make the directory of a run, and see to it that no other process writes there as long as the
+    file that is returned is open. BlockingIOError if another one does."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out) / "lock", "w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def peak_flops(cfg):
@@ -681,14 +622,14 @@ def train(cfg):
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signals:
         sys.exit(128 + run.signals[-1])
-    results = table(done, cfg, methods(done), cfg.eval_episodes, say)
+    results = table(done, cfg, methods(done), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes, **provenance())
     if ppo.process()[0] == 0:
         write_atomically(run.out / "results.json", as_json({**results, "meta": meta}))
-    say(trend(results))
-    say(f"{minutes:.0f} minutes; results in {cfg.out}/results.json; see what the agent does: "
-        f"python eval.py {cfg.out} --show 2")
+    print0(trend(results))
+    print0(f"{minutes:.0f} min; results in {cfg.out}/results.json; see what the agent does: "
+           f"python eval.py {shlex.quote(cfg.out)} --show 2")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -713,81 +654,101 @@ def parse_arguments(argv):
         elif f.type is tuple:
             options.update(type=type(f.default[0]), nargs="+")
         options["help"] = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+        parser.add_argument(flag(f.name), **options)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
         return configure(given)
-    except (AssertionError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         refuse(str(error))
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def configure(given):
-    """A Config from the given fields. AssertionError, ValueError or OSError if they are invalid."""
-    gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-    preset = given.get("preset", "gpu" if gpu else "cpu")
+    """A Config from the given fields. ValueError or OSError if they are invalid."""
+    preset = given.get("preset", "cpu")
     cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
+    require(cfg.out, "--out: expected a directory")
     if cfg.resume:
-        cfg = read_config(cfg.out)
-        for name, value in given.items():
-            began = getattr(cfg, name)
-            assert name in MAY_CHANGE or value == began, (
-                f"--{name.replace('_', '-')} {value}: this run began with {began}; drop the flag")
-            setattr(cfg, name, value)
+        for name in given:
+            require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
+        cfg = dataclasses.replace(read_config(cfg.out), **given)
         load_checkpoint(cfg.out)
     else:
-        assert not (Path(cfg.out) / "checkpoint.pt").exists(), (
-            f"--out {cfg.out} holds a run already: add --resume to continue it, or choose another")
+        require(not (Path(cfg.out) / "checkpoint.pt").exists(),
+                f"--out {cfg.out} holds a run already: add --resume, or choose another")
         if cfg.start:
             load_run(cfg.start)
-    if cfg.facts:
-        assert cfg.env in ("qa", "facts"), "--facts has a world of its own: drop --env"
-        cfg.env, cfg.facts = "facts", os.path.abspath(cfg.facts)  # experiments/facts.py
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"
-    assert gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu"
+    require(gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
-    have = gpus if cfg.device == "cuda" else os.cpu_count()
+    available = gpus if cfg.device == "cuda" else os.cpu_count()
     if "RANK" in os.environ:  # started by torchrun, or by launch()
+        require("WORLD_SIZE" in os.environ, "RANK is set, but not WORLD_SIZE: start it by torchrun")
         cfg.nproc = int(os.environ["WORLD_SIZE"])
     else:
-        cfg.nproc = cfg.nproc or (have if cfg.device == "cuda" else min(4, have))
-        assert 0 < cfg.nproc <= have, f"--nproc {cfg.nproc}: expected 1 to {have}, what is here"
+        cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
+        require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
     check(cfg)
     return cfg
 
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 def check(cfg):
-    """Checks that a flag's type cannot express. A one-line AssertionError or ValueError."""
+    """Checks that a flag's type cannot express. ValueError in one line."""
     for f in dataclasses.fields(Config):
-        value, flag = getattr(cfg, f.name), f"--{f.name.replace('_', '-')}"
+        value = getattr(cfg, f.name)
+        if f.type is tuple:
+            same = isinstance(value, (tuple, list)) and value
+            same = same and all(type(x) is type(f.default[0]) for x in value)
+        else:
+            same = type(value) is f.type
+        require(same, f"{flag(f.name)} {value}: expected {f.type.__name__}")
         if f.type in (int, float):
             lowest = 0 if f.name in MAY_BE_ZERO else 1e-12
-            assert lowest <= value < 1e9, f"{flag} {value}: too small, or not below a billion"
+            require(lowest <= value < 1e9, f"{flag(f.name)} {value}: too small, or a billion")
         if f.name.endswith(("_batch", "_episodes")):
-            assert value >= cfg.nproc, f"{flag} {value}: expected at least one per process"
+            require(value >= cfg.nproc, f"{flag(f.name)} {value}: expected one per process or more")
+        if f.name in AT_MOST_ONE:
+            require(value <= 1, f"{flag(f.name)} {value}: expected at most 1")
+        for choice in value if f.type is tuple else [value]:
+            allowed = CHOICES.get(f.name, [choice])
+            require(choice in allowed, f"{flag(f.name)} {choice}: expected one of {allowed}")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
-        assert len(value) == 2 and 1 <= value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2"
-    assert cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most"
-    assert cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head, (
-        f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more whole channels per head")
-    assert 2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80"
-    assert cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch"
+        fits = len(value) == 2 and 1 <= value[0] <= value[1]
+        require(fits, f"--{name} {value}: expected e.g. 1 2")
+    require(cfg.clip < 1, "--clip: expected less than 1")
+    require(cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most")
+    require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
+            f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
+    require(2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80")
+    require(cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch")
+    require(cfg.names <= len(envs.ALL_NAMES), f"--names: there are {len(envs.ALL_NAMES)}")
+    most = 4 * os.cpu_count()
+    require(cfg.workers <= most, f"--workers {cfg.workers}: expected 0 to {most}")
     longest = envs.longest_horizon(cfg)
-    envs.extra_words(cfg)  # reads a file of facts
     needs = {} if cfg.env == "qa" else envs.world_module(cfg.env).NEEDS
-    flags = " ".join(f"--{flag} {value}" for flag, value in needs.items())
-    assert needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}"
+    flags = " ".join(f"{flag(name)} {value}" for name, value in needs.items())
+    require(needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
-        assert 1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}"
+        require(1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}")
     room = (longest - cfg.objectives[1]) // 2
-    assert cfg.around <= room, f"--around {cfg.around}: expected 0 to {room} with these objectives"
+    require(cfg.around <= room, f"--around {cfg.around}: expected 0 to {room} in this world")
 
 
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
+    os.environ["MEM1_LOCKED"] = "by the launcher"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish and save
     logging.disable()  # the messages below are enough
@@ -798,13 +759,27 @@ def launch(cfg, argv):
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        sys.exit(f"train.py: a process died (exit codes {codes}); {how_to_go_on(cfg)}")
+        sys.exit(f"train.py: a process died (exit codes {codes}); {resume_hint(cfg)}")
 
 
 def main(argv=None):
     """Train, in this process or in several."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
+    if os.environ.get("RANK", "0") != "0" or "MEM1_LOCKED" in os.environ:
+        return main_locked(cfg, argv)  # another process of this run has the lock
+    try:
+        lock = lock_run(cfg.out)
+    except BlockingIOError:
+        stop(f"{cfg.out}: another process is writing this run")
+    except OSError as error:
+        stop(f"{cfg.out} cannot be written: {error}")
+    with lock:
+        main_locked(cfg, argv)
+
+
+def main_locked(cfg, argv):
+    """main(), once nobody else can write the run."""
     if cfg.nproc > 1 and "RANK" not in os.environ:
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
@@ -821,13 +796,13 @@ def main(argv=None):
     except FloatingPointError as error:
         stop(f"{error}; start again with a lower learning rate")
     except OSError as error:
-        stop(f"{error}; nothing written before is lost; {how_to_go_on(cfg)}")
+        stop(f"{error}; nothing written before is lost; {resume_hint(cfg)}")
     except RuntimeError as error:
-        if not dist.is_initialized():
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        lost = re.search("gloo|nccl|connection|timed out", str(error), re.I)
+        if not dist.is_initialized() or not lost or f"{os.sep}torch{os.sep}" not in where:
             raise
-        if not re.search("gloo|nccl|connection|timed out", str(error), re.I):
-            traceback.print_exc()  # otherwise another process died, and the launcher says so
-        os._exit(1)
+        os._exit(1)  # another process died, and the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -35,7 +35,7 @@ class Dialogue(ComposedQA):
 
     def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
         max_turns = (hops[1] + 1) * n_objectives + 2
-        super().__init__(n_objectives, hops, seed, max_turns, ("chain",))
+        super().__init__(n_objectives, hops, seed, max_turns, "chain")
         self.width = 2 + hops[1]  # a state holds what was said: `user`, a name, relations
         rng = np.random.default_rng([*np.ravel(seed), 1])
         questions = read_prompt(self.prompt)

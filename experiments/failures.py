@@ -3,8 +3,8 @@
     python experiments/failures.py runs/cpu --objectives 16
     python experiments/failures.py runs/cpu --objectives 16 --agents mem1 full --episodes 256
 
-A mistake is the first turn that is not what the demonstrator of oracle notes would have written, given
-what the agent saw.
+A mistake is the first turn that is not what the demonstrator would have written with oracle notes,
+given what the agent saw.
 """
 import argparse
 import re
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 from envs import Stream
+from eval import load_model, load_run, methods, play
 from mem1 import ENC, expert, parse
-from train import load_model, load_run, methods, play
 
 
 def failures(trajs, policy):
@@ -75,7 +75,7 @@ def difference(written, right):
 
 def dissect(ids):
     """What a turn says: its question at hand, its list."""
-    kind, state, _, text = parse(ids)
+    kind, state, text = parse(ids)
     state = ENC.decode(state)
     stated = re.findall(envs.OPEN, state)
     index, subject, relations, then = stated[-1] if stated else ("", "", "", "")
@@ -98,7 +98,8 @@ def main(argv=None):
         cfg, models = load_run(args.run)
         chosen = methods(models, snapshots=True)
         for name in args.agents:
-            assert name in chosen, f"--agents {name}: the run has {', '.join(chosen)}"
+            if name not in chosen:
+                raise ValueError(f"--agents {name}: the run has {', '.join(chosen)}")
             source, policy, sampled = chosen[name]
             model = load_model(models[source])
             which = range(args.episodes)
@@ -107,7 +108,7 @@ def main(argv=None):
             for cause, row in failures(trajs, policy).items():
                 print(f"  {cause}: {row['episodes']} episodes, {row['lost']:g} objectives lost, at "
                       f"turn {row['turn']:.0f} on average; for example\n    {row['example']}")
-    except (AssertionError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"failures.py: {error}")
 
 

@@ -27,18 +27,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import ppo
 import train
 from envs import Stream
-from experiments.bench_work import Endless, metronomes
-from mem1 import ENC, POLICIES, make_rows, predict, recorded, rollout
-from model import GPTConfig
+from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, turn_cap
+from model import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parents[1]
 SIZES = {"0.5M": (4, 4, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
+
+
+GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metronome; its turns
+
+
+class Metronome:
+    """An environment that takes any text, and answers with 24 tokens: nothing is left to chance."""
+    em, width, done = 0, 0, False
+
+    def __init__(self):
+        self.left, self.history, self.paths = TURNS, [], {}
+        self.prompt = " jelo" * 63
+        self.n_objectives = self.n_questions = WRITTEN - 16
+        assert turn_cap(self) == WRITTEN, "nothing but the cap may end a turn"
+
+    def step(self, kind, text):
+        self.left -= 1
+        self.done = self.left == 0
+        return " jelo" * (GIVEN - 1)
+
+
+class Endless(GPT):
+    """A model that never ends a turn, so that all turns are as long as they may be."""
+
+    def logits(self, x):
+        logits = super().logits(x)  # (..., V)
+        logits[..., END] = -1e9
+        return logits
+
+
+def metronomes(episodes):
+    """The arguments of rollout() for that many Metronome episodes."""
+    rngs = [np.random.default_rng(i) for i in range(episodes)]
+    return [Metronome() for _ in range(episodes)], keep_last, rngs
 
 
 def script(name, *flags):
@@ -92,7 +126,8 @@ def exact(args, folder):
                     model.double()
                 worlds, _, rngs = metronomes(2 if args.quick else 8)
                 trajs = rollout(model, worlds, POLICIES[policy], rngs)
-                acted = torch.tensor(recorded(trajs, "logp"), dtype=torch.float64)
+                acted = [x for traj in trajs for turn in traj.turns for x in turn.logp]
+                acted = torch.tensor(acted, dtype=torch.float64)
                 off = (learner_logp(model, trajs) - acted).abs()
                 cpu = learner_logp(random_agent(size, "cpu").double(), trajs)
                 found[f"{size} {policy} {kind}"] = (

@@ -8,24 +8,44 @@
                measured peak of products
     decoding   one token in every row: on one row there is nothing but launching kernels; what
                reading weights and cache would take alone; the same step replayed as a CUDA graph
-    iteration  where the time of a PPO iteration of the gpu preset goes
-    peers      the time of sampling by transformers over ours, if it is installed
 """
-import importlib.util
 import math
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import train
-from experiments import bench, bench_peers
-from experiments.bench_work import TURNS, WRITTEN, Endless, least_seconds, metronomes
-from experiments.gpu import SIZES, main
-from mem1 import ENC, make_rows, predict, rollout
+from experiments.gpu import SIZES, TURNS, WRITTEN, Endless, main, metronomes
+from mem1 import ENC, make_rows, merged_turns, predict, rollout
 from model import GPT, Cache, GPTConfig
+
+
+def least_seconds(work, device, times=5):
+    """The least of several timings, after a warm-up."""
+    took = []
+    for _ in range(times + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+    return min(took[1:])
+
+
+def flops(model, trajs):
+    """Floating point operations of one pass over the rows, forward and backward, padding not
+    counted (6 N + attention)."""
+    C, nl = model.config.n_embd, model.config.n_layer
+    lengths = [len(ids) for traj in trajs for ids, _ in merged_turns(traj)]
+    forward = 2 * sum(p.numel() for p in model.blocks.parameters()) * sum(lengths)
+    forward += 4 * nl * C * sum(n * (n + 1) // 2 for n in lengths)
+    forward += 2 * C * model.config.vocab_size * sum(traj.n_trained for traj in trajs)
+    return 3 * forward
 
 
 def new_model(size, device, kind=GPT):
@@ -69,8 +89,8 @@ def one_size(model, episodes, args, product):
     acting = least_seconds(act, args.device, times=1)
     batch = make_rows(trajs, 65536)
     learning = least_seconds(learn, args.device, times=2)
-    tokens = sum(bench.lengths(trajs))
-    share = bench.flops(model, trajs) / learning / product
+    tokens = sum(len(ids) for traj in trajs for ids, _ in merged_turns(traj))
+    share = flops(model, trajs) / learning / product
     return (f"sampling {episodes * TURNS * WRITTEN / acting:,.0f} tokens/s, learner "
             f"{tokens / learning:,.0f} tokens/s, MFU {share:.0%}")
 
@@ -113,25 +133,5 @@ def seconds_of_graph(step):
     return least_seconds(graph.replay, "cuda", times=20)
 
 
-def iteration(args, folder):
-    preset = "debug" if args.quick else "gpu"
-    cfg = train.Config(**{**train.PRESETS[preset], "device": args.device, "dtype": "bfloat16"})
-    model = GPT(train.gpt_config(cfg)).to(args.device)
-    found = bench.bench_iteration(model, cfg, 1 if args.quick else 3)
-    seconds, python = found["iteration_s"], found["env_share"]
-    return {f"{preset} preset": f"{seconds:.2f} s, {python:.0%} of it Python"}
-
-
-def peers(args, folder):
-    if importlib.util.find_spec("transformers") is None:
-        return {"transformers": "is not installed"}
-    episodes = 4 if args.quick else 1024
-    cfg = train.Config(ppo_batch=episodes)
-    shape = bench_peers.shape_of(cfg, ENC.n_vocab)
-    model = Endless(train.gpt_config(cfg)).to(args.device)
-    ratio = bench_peers.against_transformers(model, shape, episodes, 1 if args.quick else 3)
-    return {"time of transformers over ours": f"{ratio:.2f}"}
-
-
 if __name__ == "__main__":
-    main(dict(sizes=sizes, decoding=decoding, iteration=iteration, peers=peers))
+    main(dict(sizes=sizes, decoding=decoding))

@@ -1,117 +1,280 @@
-"""layouts.py: what PPO would train in the paper's layouts of a MEM1 trajectory.
+"""layouts.py: what the paper's layout of a MEM1 trajectory costs, and that of its released code.
 
     python experiments/layouts.py             # random weights, on episodes of the demonstrator
     python experiments/layouts.py runs/cpu    # the trained mem1 agent of a run, on its own episodes
-    python experiments/layouts.py --json      # the same as JSON, and nothing else
+    python experiments/layouts.py runs/cpu --json
+    python experiments/layouts.py --train stitched --start runs/cpu --agents mem1 --out runs/stitched
 
-mem1.py has the three layouts: `tree` is exact, `stitched` is the paper's, `released` that of its
-published code. All three are given the same episodes, from seeds that nothing is trained on.
+`exact` is ours: one row a turn (mem1.py). `stitched` is the paper's: one copy of every token in one
+row, under a 2-D mask. `released` is what the mask of the published code would be, were it applied.
+All three are given the same episodes, from seeds that nothing is trained on.
 
     mean_nats  how far a trained token's log-probability is from the one that it was sampled with
     max_nats   the same of the worst token
     leak       how much the log-probabilities of the last turn change when all words of the turns
                that it did not see are exchanged for others
-    tokens     in all branches, and in the prompt once; with the tree, the learner repeats the
-               prompt in each row, which is not counted
-    seconds    of CPU time for the forward and backward pass
+    tokens     that the learner encodes
 
-The last two are means over the trajectories.
-
-To see what a layout does to learning, train with it from an imitated agent (then compare.py):
-
-    python train.py --start runs/cpu --agents mem1 --layout stitched --out runs/stitched-0
+The last is a mean over the trajectories. The third command is PPO under a layout, from the imitated
+agent of a run, in one process: old log-probabilities are recomputed by the learner, as in the
+published code, so PPO's ratio begins at 1. It takes all flags of train.py.
 """
 import argparse
 import json
 import sys
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import envs
+import mem1
+import ppo
 import train
 from envs import Stream, keyed_rng
-from mem1 import (ENC, LAYOUTS, TAG_IDS, TASK, Turn, demonstrate, keep_last, make_rows, predict,
-                  recorded, rollout)
-from model import GPT, GPTConfig
+from eval import load_model, load_run
+from mem1 import (ENC, INFO, IS, TAG_IDS, TASK, Turn, expert_rollout, keep_last, make_rows,
+                  merged_turns, predict, rollout)
+from model import WIDTH, GPT, GPTConfig
 
+LAYOUTS = "exact", "stitched", "released"
 TURNS = 1, 2, 3, 4, 8, 16  # whose means are printed
+
+
+def stitched(traj, released=False):
+    """The paper's layout (sec. 3.3, app. A.7): each token once, and which tokens each one sees:
+    (ids, loss_mask, attention mask (n, n) bool). `*` is trained:
+
+    >>> print(picture(stitched(mem1.sketch(keep_last, turns=3))))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I 1 1 1 1 . . . . .
+    S 1 1 1 1 1 . . . .
+    Q 1 1 1 1 1 1 . . . *
+    I 1 1 1 1 1 1 1 . .
+    S 1 . . . 1 1 1 1 .
+    Q 1 . . . 1 1 1 1 1 *
+
+    From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
+    while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
+    convolution does so in the first). And what is kept stands farther from what is written now.
+
+    released: the mask of the published code. It also hides the previous state, which the agent did
+    see, and an <info> sees nothing but itself.
+
+    >>> print(picture(stitched(mem1.sketch(keep_last, turns=3), released=True)))
+      T S Q I S Q I S Q
+    T 1 . . . . . . . .
+    S 1 1 . . . . . . .
+    Q 1 1 1 . . . . . . *
+    I . . . 1 . . . . .
+    S 1 . 1 1 1 . . . .
+    Q 1 . 1 1 1 1 . . . *
+    I . . . . . . 1 . .
+    S 1 . . . . 1 1 1 .
+    Q 1 . . . . 1 1 1 1 *
+    """
+    parts = [(-1, "prompt", traj.prompt, False)]  # turn, kind, ids, trained
+    history = traj.env.history
+    for t, turn in enumerate(history + traj.turns):
+        n, mine = len(turn.state), t >= len(history)
+        parts += [(t, "state", [IS], False), (t, "state", turn.written[:n], mine),
+                  (t, "action", turn.written[n:], mine)]
+        if turn is not traj.turns[-1]:
+            parts.append((t, "info", turn.info, False))
+    ids = [token for _, _, some, _ in parts for token in some]
+    loss_mask = [trained for _, _, some, trained in parts for _ in some]
+    turn = np.array([t for t, _, some, _ in parts for _ in some])
+    kind = np.array([name for _, name, some, _ in parts for _ in some])
+    ago = turn[:, None] - turn  # turns between the reader and what it reads
+    see = np.tri(len(turn), dtype=bool) & ((kind == "prompt") | (ago <= 1))
+    if released:
+        see &= (ago == 0) | (kind != "state")
+        see &= (kind[:, None] != "info") | ((ago == 0) & (kind == "info"))
+    return ids, loss_mask, see
+
+
+def picture(layout):
+    """A layout as text, one row per token."""
+    ids, loss_mask, see = layout
+    names = ["TSQAIE"[TAG_IDS.index(token)] for token in ids]
+    lines = ["  " + " ".join(names)]
+    for name, row, trained in zip(names, see, loss_mask):
+        cells = ["1" if x else "." for x in row]
+        lines.append(" ".join([name, *cells] + (["*"] if trained else [])))
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# The learner under a layout
+
+
+@dataclass
+class MaskedRow(mem1.Rows):
+    """One trajectory as one row, and its attention mask (1, 1, T, T)."""
+    see: torch.Tensor = None
+
+    def to(self, device):
+        plain = super().to(device)
+        return MaskedRow(plain.ids, plain.loss_mask, plain.index, self.see.to(device))
+
+
+def layout_rows(name, trajs, budget=8192, which=None):
+    """As mem1.make_rows(), under a layout; reading exercises have none."""
+    if name == "exact" or (trajs and trajs[0].env is None):
+        return make_rows(trajs, budget, which)
+    batch, start = [], 0
+    for i, traj in enumerate(trajs):
+        ids, loss_mask, see = stitched(traj, released=name == "released")
+        if which is None or i in which:
+            index = torch.arange(start, start + sum(loss_mask))
+            batch.append(MaskedRow(torch.tensor([ids]), torch.tensor([loss_mask]), index,
+                                   torch.from_numpy(see)[None, None]))
+        start += sum(loss_mask)
+    return batch
+
+
+class MaskAsCache:
+    """Stands where a model.Cache does: nothing is cached, but a mask says what each token sees."""
+
+    def __init__(self, see):
+        self.see = see  # (1, 1, T, T)
+        self.slots = torch.arange(see.size(-1), device=see.device)[None]  # (1, T)
+
+    def widen(self, i, h):
+        return F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
+
+    def append(self, i, k, v):
+        return k, v, self.see
+
+
+class Masked:
+    """Stands where a model does in mem1.predict()."""
+
+    def __init__(self, model, see):
+        self.model, self.see = model, see
+        self.module = getattr(model, "module", model)
+
+    def __call__(self, ids):
+        return self.model(ids, MaskAsCache(self.see))
+
+
+def layout_predict(model, rows):
+    """As mem1.predict(), for rows of any layout."""
+    if isinstance(rows, MaskedRow):
+        model = Masked(model, rows.see)
+    return predict(model, rows)
+
+
+# ----------------------------------------------------------------------------------------------
+# How far it is from what acted
 
 
 def measure(model, cfg, n, episodes, acts):
     """{layout: (measures, {turn: mean_nats})} at n objectives. acts: the model plays by itself.
 
-    If it does not, the demonstrator plays, and "what acted" is the tree: random weights would not
-    play an episode to its end.
+    If it does not, the demonstrator plays, and "what acted" is the exact layout: random weights
+    would not play an episode to its end.
     """
     environments = [envs.make_env(cfg, n, [0, Stream.TEST, n, i, 0]) for i in range(episodes)]
     if acts:
         rngs = [keyed_rng(0, Stream.TEST, n, i, 2) for i in range(episodes)]
         trajs = rollout(model, environments, keep_last, rngs)
-        acted = torch.tensor(recorded(trajs, "logp"))  # (M,)
+        sampled = [x for traj in trajs for turn in traj.turns for x in turn.logp]
+        acted = torch.tensor(sampled)  # (M,)
     else:
-        trajs = [demonstrate(env, keep_last) for env in environments]
-        acted, _ = learned(model, trajs)  # (M,)
+        trajs = [expert_rollout(env, keep_last) for env in environments]
+        acted = learned(model, "exact", trajs)  # (M,)
 
     turn, last = [], []  # of each trained token: its turn, and whether that is the episode's last
     for traj in trajs:
         for t, this in enumerate(traj.turns):
             turn += [t + 1] * len(this.written)
-            last += [t == len(traj.turns) - 1] * len(this.written)
+            last += [this is traj.turns[-1]] * len(this.written)
     turn, last = torch.tensor(turn), torch.tensor(last)  # (M,), (M,)
 
     found = {}
-    for name, layout in LAYOUTS.items():
-        views = [layout(traj) for traj in trajs]
-        logp, seconds = learned(model, views)
+    for name in LAYOUTS:
+        logp = learned(model, name, trajs)  # (M,)
         off = (logp - acted).abs()  # (M,)
-        changed, _ = learned(model, [layout(exchange_pruned(traj)) for traj in trajs])  # (M,)
+        changed = learned(model, name, [exchange_pruned(traj) for traj in trajs])  # (M,)
         leak = (changed - logp).abs()[last]  # (tokens of the last turns,)
         tokens = 0
-        for view in views:
-            tokens += len(view.prompt) + sum(len(branch.ids) for branch in view.branches)
+        for traj in trajs:
+            rows = merged_turns(traj) if name == "exact" else [stitched(traj)]
+            tokens += sum(len(row[0]) for row in rows)
         measures = dict(mean_nats=off.mean().item(), max_nats=off.max().item(),
-                        leak=leak.mean().item(), seconds=seconds / episodes,
-                        tokens=tokens / episodes)
+                        leak=leak.mean().item(), tokens=tokens / episodes)
         by_turn = {t: off[turn == t].mean().item() for t in TURNS if (turn == t).any()}
         found[name] = measures, by_turn
     return found
 
 
-def learned(model, trajs):
-    """The learner's log-probabilities of all trained tokens (M,), and the seconds that it took."""
-    logp = torch.zeros(sum(traj.n_trained for traj in trajs))  # (M,)
-    started = time.process_time()
-    for rows in make_rows(trajs):
-        some, _, _ = predict(model, rows)  # (m,)
-        some.sum().backward()
-        logp[rows.index] = some.detach()
-    model.zero_grad()
-    return logp, time.process_time() - started
+@torch.no_grad()
+def learned(model, name, trajs):
+    """The learner's log-probabilities of all trained tokens under a layout (M,)."""
+    n = sum(traj.n_trained for traj in trajs)
+    logp = torch.zeros(n, dtype=model.emb.weight.dtype)  # (M,)
+    for rows in layout_rows(name, trajs):
+        logp[rows.index] = layout_predict(model, rows)[0]
+    return logp
 
 
 def exchange_pruned(traj):
     """The same trajectory with other words where the last turn does not look: in all turns but the
-    last two, and in all branches but the last."""
+    last two."""
     turns = []
     for turn in traj.turns[:-2]:
-        turns.append(Turn(others(turn.state), others(turn.action), others(turn.info)))
-    branches = [replace(branch, ids=others(branch.ids)) for branch in traj.branches[:-1]]
-    return replace(traj, turns=turns + traj.turns[-2:], branches=branches + traj.branches[-1:])
+        turns.append(Turn(others(turn.context), others(turn.written), others(turn.info)))
+    for turn in traj.turns[-2:-1]:
+        turns.append(Turn(others(turn.context), turn.written, turn.info))
+    return replace(traj, turns=turns + traj.turns[-1:])
 
 
 def others(ids):
     """Another word for each word; tags and the number of tokens stay.
 
-    >>> ENC.decode(others([*ENC.encode_ordinary(" #0 heir"), TAG_IDS[0]]))
-    ' #1 rival<task>'
+    >>> ENC.decode(others([*ENC.encode_ordinary(" #0 heir"), INFO]))
+    ' #1 rival<info>'
     """
     first, end = 256, TASK  # words are between the bytes and the tags
     return [i if i in TAG_IDS else first + (i + 1 - first) % (end - first) for i in ids]
+
+
+# ----------------------------------------------------------------------------------------------
+# PPO under a layout
+
+
+def train_under(name, flags):
+    """train.py, with the learner of ppo.update() under a layout."""
+    def played(model, *args):
+        trajs = rollout(model, *args)
+        largest = 0.0
+        for traj in trajs:
+            (rows,) = layout_rows(name, [traj])
+            with torch.no_grad():
+                logp, value, _ = layout_predict(model, rows.to(model.emb.weight.device))
+            lengths = [len(turn.written) for turn in traj.turns]
+            for turn, its_logp, its_value in zip(traj.turns, logp.split(lengths),
+                                                 value.split(lengths)):
+                sampled = torch.tensor(turn.logp, device=its_logp.device)
+                largest = max(largest, (its_logp - sampled).abs().max().item())
+                turn.logp, turn.value = its_logp.tolist(), its_value.tolist()
+        print(f"{name}: up to {largest:.1f} nats from what acted")
+        return trajs
+
+    def rows(trajs, budget=8192, which=None):
+        return layout_rows(name, trajs, budget, which)
+
+    if name != "exact":
+        ppo.rollout, ppo.make_rows, ppo.predict = played, rows, layout_predict
+    train.main(["--nproc", "1", *flags])
 
 
 def main(argv=None):
@@ -121,35 +284,38 @@ def main(argv=None):
     parser.add_argument("--objectives", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--train", choices=LAYOUTS, help="PPO; other flags are those of train.py")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--train"]:
+        args = parser.parse_args(argv[:2])
+        return train_under(args.train, argv[2:])
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    cfg, model = train.Config(), GPT(GPTConfig(ENC.n_vocab))
     if args.run:
         try:
-            cfg, models = train.load_run(args.run)
+            cfg, models = load_run(args.run)
         except ValueError as error:
             parser.error(str(error))
         if "mem1" not in models:
             parser.error(f"{args.run} has no trained mem1 agent; expected a run that has")
-        model = train.load_model(models["mem1"])
-    else:
-        cfg = train.Config()
-        model = GPT(GPTConfig(ENC.n_vocab))
+        model = load_model(models["mem1"])
     longest = envs.longest_horizon(cfg)
     if args.episodes < 1 or not all(1 <= n <= longest for n in args.objectives):
         parser.error(f"expected 1 to {longest} --objectives, and 1 or more --episodes")
 
+    results = {name: {} for name in LAYOUTS}
     if not args.json:
         print(f"{'layout':9s} {'N':>3s} {'mean nats':>10s} {'max nats':>9s} {'leak':>9s} "
-              f"{'tokens':>7s} {'time':>7s}   mean nats at turn {', '.join(map(str, TURNS))}")
-    results = {name: {} for name in LAYOUTS}
+              f"{'tokens':>7s}   mean nats at turn {', '.join(map(str, TURNS))}")
     for n in args.objectives:
         for name, (r, by_turn) in measure(model, cfg, n, args.episodes, bool(args.run)).items():
             results[name][str(n)] = r
             if not args.json:
                 print(f"{name:9s} {n:3d} {r['mean_nats']:10.1e} {r['max_nats']:9.1e} "
-                      f"{r['leak']:9.1e} {r['tokens']:7.0f} {r['seconds']:6.3f}s   "
+                      f"{r['leak']:9.1e} {r['tokens']:7.0f}   "
                       f"{' '.join(f'{nats:.0e}' for nats in by_turn.values())}")
     if args.json:
         print(json.dumps(results))

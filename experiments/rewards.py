@@ -36,7 +36,8 @@ import torch.nn.functional as F
 import ppo
 import train
 from envs import keyed_rng, words
-from mem1 import ENC, POLICIES, Branch, keep_all, make_rows, parse, rollout
+from eval import load_model, load_run
+from mem1 import ENC, POLICIES, Turn, keep_all, make_rows, parse, rollout
 
 JUDGE = 5  # the judge's random stream; envs.Stream has 0 to 4
 JUDGE_STEPS, JUDGE_LR = 60, 3e-4
@@ -75,7 +76,7 @@ def new_facts(traj):
 def partly_right(traj):
     """Objectives of which the given or the right answer contains the other, in whole words."""
     env = traj.env
-    kind, _, _, text = parse(traj.turns[-1].written)
+    kind, _, text = parse(traj.turns[-1].written)
     if kind != "answer" or not env.paths:  # the latter: the answer is not a list
         return env.em
     given = {}
@@ -98,11 +99,8 @@ def partly_right(traj):
 def judged(traj):
     """An episode as the judge reads it: all turns as one text. Only the last token is marked, since
     the value at the row that predicts it is the score."""
-    ids = keep_all(traj.env.history + traj.turns)
-    branch = Branch()
-    branch.extend(ids[:-1], loss_mask=False)
-    branch.extend(ids[-1:], loss_mask=True)
-    return replace(traj, branches=[branch])
+    ids = traj.prompt + keep_all(traj.env.history + traj.turns)
+    return replace(traj, turns=[Turn(ids[:-1], ids[-1:])])
 
 
 def scores(judge, trajs):
@@ -137,8 +135,8 @@ def margins(judge, trajs, first):
 def train_judge(cfg):
     """A judge. It starts as the imitated agent whose episodes it is trained on."""
     (agent,) = cfg.agents
-    saved = train.load_run(cfg.start)[1][f"{agent}-demos"]
-    actor, judge = train.load_model(saved, cfg.device), train.load_model(saved, cfg.device)
+    saved = load_run(cfg.start)[1][f"{agent}-demos"]
+    actor, judge = load_model(saved, cfg.device), load_model(saved, cfg.device)
     optimizer = torch.optim.AdamW(judge.parameters(), betas=(0.9, 0.95),
                                   weight_decay=cfg.weight_decay)
     schedule = SimpleNamespace(steps=JUDGE_STEPS, optimizer=optimizer)
@@ -169,7 +167,7 @@ def parse_arguments(argv):
     if args.reward == "judge" and len(cfg.agents) > 1:
         parser.error("--reward judge: expected a single agent, e.g. --agents mem1")
     try:
-        models = train.load_run(cfg.start)[1]
+        models = load_run(cfg.start)[1]
     except ValueError as error:
         parser.error(str(error))
     for agent in cfg.agents:
@@ -183,8 +181,11 @@ def main(argv=None):
     paid = Path(cfg.out) / "reward.json"
     if cfg.resume and (not paid.is_file() or json.loads(paid.read_text())["reward"] != name):
         sys.exit(f"rewards.py: --reward {name}: {cfg.out} did not begin with that; see {paid}")
-    paid.parent.mkdir(parents=True, exist_ok=True)
-    paid.write_text(json.dumps({"reward": name}))
+    try:
+        paid.parent.mkdir(parents=True, exist_ok=True)
+        paid.write_text(json.dumps({"reward": name}))
+    except OSError as error:
+        sys.exit(f"rewards.py: {paid} cannot be written: {error}")
 
     torch.set_num_threads(1)
     judge = train_judge(cfg) if name == "judge" else None

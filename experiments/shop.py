@@ -141,7 +141,7 @@ class Shop(Env):
 
             #12 warm red under ; #9 warm : #17 next
 
-        fresh makes no difference: it writes nothing that could be left out. rng: for random_notes().
+        fresh changes nothing: it writes nothing that could be left out. rng: for random_notes().
         """
         form = r" want (\w+) ([\w ]+) in (\w+) under #(\d+)"
         kind, traits, color, limit = re.match(form, self.prompt).groups()

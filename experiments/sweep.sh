@@ -3,7 +3,7 @@
 # like: started again, it says how many runs are left, and goes on where it stopped.
 #
 #     bash experiments/sweep.sh runs
-#     python eval.py --table runs/*-seed-? --plot assets/scaling.png
+#     python experiments/tables.py runs/*-seed-? --plot assets/scaling.png
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs}

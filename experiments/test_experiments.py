@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 import mem1
+import model
 import ppo
 import train
-from experiments import (bench, bench_stages, compare, failures, gpu, gpu_speed, layouts, reading,
-                         rewards)
-from mem1 import ANSWER, END, ENC, IS, QUERY, TASK, Trajectory, demonstrate, keep_last, sample
+from eval import load_model, load_run
+from experiments import bench_stages, failures, gpu, gpu_speed, layouts, rewards, tables
+from mem1 import ANSWER, END, ENC, QUERY, TASK, Trajectory, expert_rollout, keep_last, sample
 from model import GPT, GPTConfig
 
 TINY = ("--preset debug --device cpu --dtype float32 --nproc 1 --agents mem1 --primer-steps 2 "
@@ -60,21 +61,51 @@ def played(env, actions):
     """The trajectory of an episode in which the agent writes [(tag, text), ...]."""
     traj = Trajectory(env, [TASK])
     for tag, text in actions:
-        traj.open_turn(keep_last)
-        traj.close_turn([tag, *ENC.encode_ordinary(text), END])
+        traj.add_turn(traj.next_context(keep_last), [tag, *ENC.encode_ordinary(text), END])
     return traj
 
 
-def test_only_the_tree_is_what_acted(run, capsys):
+def test_only_the_exact_layout_is_what_acted(run, capsys):
     found = printed(layouts.main, ["--episodes", 3, "--objectives", 2, 4], capsys)
-    assert list(found) == ["tree", "stitched", "released"]
+    assert list(found) == ["exact", "stitched", "released"]
     for n in "2", "4":
-        tree, stitched, released = (cells[n] for cells in found.values())
-        assert list(tree) == ["mean_nats", "max_nats", "leak", "seconds", "tokens"]
-        assert tree["leak"] == 0.0 < stitched["leak"]
+        exact, stitched, released = (cells[n] for cells in found.values())
+        assert exact["leak"] == 0.0 < stitched["leak"]
         assert 1e-3 < stitched["mean_nats"] < released["mean_nats"]
-        assert stitched["tokens"] == released["tokens"] < tree["tokens"]
-    assert printed(layouts.main, [run, "--episodes", 3], capsys)["tree"]["16"]["max_nats"] < 1e-4
+        assert stitched["tokens"] == released["tokens"] < exact["tokens"]
+    assert printed(layouts.main, [run, "--episodes", 3], capsys)["exact"]["16"]["max_nats"] < 1e-4
+
+
+@pytest.mark.parametrize("name, plain, first", [
+    ("exact", False, 9), ("stitched", True, 9), ("stitched", False, 2), ("released", False, 1)])
+def test_layouts_differ_from_what_acted_from_the_turn_on_that_is_documented(
+        monkeypatch, name, plain, first):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(ENC.n_vocab, 1 if plain else 2, 2, 32)).double()
+    for p in net.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    if plain:  # all differences come from deeper layers, the convolution and the positions
+        monkeypatch.setattr(model, "with_position", lambda q, k, pos: (q, k))
+        net.blocks[0].taps.data[:-1] = 0.0
+        net.blocks[0].taps.data[-1] = 1.0
+    trajs = [expert_rollout(envs.ComposedQA(4, (2, 2), seed=i), keep_last) for i in range(3)]
+    turn = torch.tensor([t for traj in trajs for t, this in enumerate(traj.turns)
+                         for _ in this.written])
+    acted = layouts.learned(net, "exact", trajs)
+    off = (layouts.learned(net, name, trajs) - acted).abs()
+    assert off[turn < first].max() < 1e-6
+    assert all(off[turn == t].max() > 1e-3 for t in range(first, turn.max() + 1))
+
+
+def test_ppo_under_a_layout_trains_on_its_log_probabilities(run, monkeypatch, capsys):
+    monkeypatch.setattr("signal.signal", mock.Mock())
+    for name in "rollout", "make_rows", "predict":  # which the script replaces
+        monkeypatch.setattr(ppo, name, getattr(ppo, name))
+    out = run.parent / "stitched"
+    layouts.main(["--train", "stitched", "--start", str(run), *TINY, "--out", str(out)])
+    assert "nats from what acted" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and max(row["gap"] for row in rows) < 1e-4  # its own, not the sampler's
 
 
 def test_rewards_are_what_their_names_say():
@@ -89,7 +120,7 @@ def test_rewards_are_what_their_names_say():
     *on_the_way, again, last = rewards.turn_rewards("step", traj)
     assert min(on_the_way) >= 0.5 / 8 and again == 0.0 and last == 1 / 4  # found once, paid once
 
-    traj = demonstrate(envs.ComposedQA(4, hops=(2, 2), seed=1), keep_last)
+    traj = expert_rollout(envs.ComposedQA(4, hops=(2, 2), seed=1), keep_last)
     assert rewards.turn_rewards("all", traj) == ppo.turn_rewards(traj)
     assert sum(rewards.turn_rewards("step", traj)) == pytest.approx(1.5)
     traj = played(envs.ComposedQA(1, seed=1, max_turns=1), [(QUERY, "x")])  # out of turns
@@ -98,12 +129,15 @@ def test_rewards_are_what_their_names_say():
 
 def test_a_turn_that_brings_facts_to_light_is_paid_at_its_own_last_token(monkeypatch):
     cfg = train.Config(device="cpu", ppo_batch=2, exercises=2, ppo_epochs=1, ppo_minibatches=1)
-    trajs = [demonstrate(envs.ComposedQA(4, seed=i), keep_last) for i in range(2)]
+    trajs = [expert_rollout(envs.ComposedQA(4, seed=i), keep_last) for i in range(2)]
     given = watched(monkeypatch)
     monkeypatch.setattr(ppo, "turn_rewards", lambda traj: rewards.turn_rewards("step", traj))
     monkeypatch.setattr(ppo, "rollout", lambda *args: trajs)
-    model = GPT(GPTConfig(ENC.n_vocab, 1, 1, 8))
-    ppo.update(model, torch.optim.AdamW(model.parameters()), model, [], keep_last, cfg, step=0)
+    net = GPT(GPTConfig(ENC.n_vocab, 1, 1, 8))
+    for traj in trajs:
+        for turn in traj.turns:
+            turn.logp = turn.value = [0.0] * len(turn.written)
+    ppo.update(net, torch.optim.AdamW(net.parameters()), net, [], keep_last, cfg, step=0)
     reward, turn_ends, *_ = given.call_args.args
     lengths = [len(turn.written) for traj in trajs for turn in traj.turns]
     assert turn_ends.nonzero()[:, 0].tolist() == (np.cumsum(lengths) - 1).tolist()
@@ -112,8 +146,8 @@ def test_a_turn_that_brings_facts_to_light_is_paid_at_its_own_last_token(monkeyp
 
 def test_the_judge_climbs_the_likelihood_of_the_preferences(run, monkeypatch):
     monkeypatch.setattr(rewards, "JUDGE_BATCH", 12)
-    cfg, models = train.load_run(run)
-    judge = train.load_model(models["mem1-demos"])
+    cfg, models = load_run(run)
+    judge = load_model(models["mem1-demos"])
     judge.value_head.weight.data.normal_()
     trajs, first = rewards.preferences(judge, "mem1", cfg, step=0)
     assert [traj.prompt for traj in trajs[::2]] == [traj.prompt for traj in trajs[1::2]]
@@ -125,7 +159,7 @@ def test_the_judge_climbs_the_likelihood_of_the_preferences(run, monkeypatch):
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monkeypatch):
+def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
     given = watched(monkeypatch)
     monkeypatch.setattr(rewards, "JUDGE_STEPS", 2)
     monkeypatch.setattr("signal.signal", mock.Mock())
@@ -136,57 +170,34 @@ def test_a_run_is_paid_as_it_was_told_to_and_compared_by_that(run, capsys, monke
         assert (given.call_args.args[0] > 0).any() == (name == "judge")  # all: nothing is right yet
     with pytest.raises(SystemExit, match="did not begin with that"):
         rewards.main(["--reward", "em", "--resume", "--out", str(run.parent / "judge")])
+    with pytest.raises(SystemExit, match="cannot be written"):
+        rewards.main(["--reward", "em", "--start", str(run), "--agents", "mem1", "--out", "/proc/run"])
 
-    path = run.parent / "judge" / "metrics.jsonl"
-    row = json.loads(path.read_text().splitlines()[0])
-    lines = [json.dumps({**row, "reward": reward}) for reward in [0.0, 1.0, 1.0, 1.0] * 4]
-    path.write_text("\n".join(lines))  # 0.8 of the five that begin at the second
-    groups = printed(compare.main, [run, run, run.parent / "all", path.parent], capsys)
-    assert list(groups) == ["em", "all", "judge"] and len(groups["em"]["em@2"]) == 2
-    assert groups["all"]["to 0.8"] == [None] and groups["judge"]["to 0.8"] == [6.0]
+
+def test_tables_put_runs_side_by_side_and_refuse_what_is_no_run(run, tmp_path, capsys):
+    one = printed(tables.main, [run], capsys)
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    tables.main([str(tmp_path / "one.json")])
+    assert "| mem1, after PPO |" in capsys.readouterr().out
+    (tmp_path / "none.json").write_text("{}")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished)
+    (unfinished / "results.json").unlink()
+    for bad in run / "results.json", tmp_path / "none.json", unfinished, tmp_path:
+        with pytest.raises(SystemExit, match="^tables.py: [^\n]*$"):
+            tables.main([str(bad)])
 
 
 def test_lost_objectives_are_explained_by_the_first_mistake(run, capsys):
     failures.main([str(run), "--objectives", "2", "--episodes", "2"])
     assert "malformed" in capsys.readouterr().out  # it has learned nothing in two steps
     right, wrong = envs.ComposedQA(4, seed=1), envs.ComposedQA(4, seed=1)
-    assert not failures.failures([demonstrate(right, keep_last)], keep_last)
-    traj = demonstrate(wrong, keep_last, np.random.default_rng(1))
+    assert not failures.failures([expert_rollout(right, keep_last)], keep_last)
+    traj = expert_rollout(wrong, keep_last, np.random.default_rng(1))
     (cause,) = failures.failures([traj], keep_last)
     assert cause.endswith("an entry")
     with pytest.raises(SystemExit, match="the run has"):
         failures.main([str(run), "--agents", "nobody"])
-
-
-def test_wrong_words_of_exercises_are_counted(run, capsys):
-    class Knows:  # what comes next, but never what follows a `;`
-        def __call__(self, ids):
-            following = ids.roll(-1, 1)
-            following[ids == ENC.encode_ordinary(" ;")[0]] = END
-            return torch.nn.functional.one_hot(following, ENC.n_vocab).float()  # (1, T, V)
-
-        def logits(self, x):
-            return x
-
-    trajs = [mem1.exercise(train.Config(), 0, i, 9) for i in range(40)]
-    for skill, (wrong, of) in reading.mistakes(Knows(), trajs).items():
-        some = [traj.branches[0] for traj in trajs
-                if ENC.decode(traj.branches[0].ids[:1]).strip() == skill]
-        assert wrong == (len(some) if skill in ("edit", "append") else 0)  # which begin with `;`
-        assert of == sum(sum(branch.loss_mask) for branch in some)
-    reading.main([str(run), "--longest", "4", "--exercises", "7"])
-    assert capsys.readouterr().out.split("\n")[1].startswith("primer           4  ")
-
-
-def test_the_benchmark_measures_the_same_work_and_says_what_it_promises(capsys):
-    found = printed(bench.main, ["--quick"], capsys)
-    names = {"rollout_vs_nocache", "rollout_tok_s", "rollout_of_floor", "mfu", "env_share"}
-    names |= {f"learner_vs_per_turn_{size}" for size in ("2", "16", "64x6", "160x16")}
-    for agent in "mem1", "mem1_list", "full":
-        names |= {f"cache_growth_{agent}", f"turn_growth_{agent}"}
-    assert found.pop("rollout_vs_hf") is found.pop("update_vs_trl") is None
-    assert {*found} == names | {"iteration_s"} and all(map(math.isfinite, found.values()))
-    assert found["rollout_vs_nocache"] > 1 > found["mfu"] > 0 and 0 < found["env_share"] < 0.5
 
 
 def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off(tmp_path):
@@ -201,7 +212,7 @@ def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_
     with mock.patch.object(mem1, "sample", lambda logits, uniform: sample(logits * 1.1, uniform)):
         assert min(largest()) > 1e-3
     assert float(gpu.ddp(args, tmp_path)["largest difference of a weight"]) < 1e-6
-    for part in gpu_speed.sizes, gpu_speed.decoding, gpu_speed.iteration:
+    for part in gpu_speed.sizes, gpu_speed.decoding:
         assert all(part(args, tmp_path).values())
 
 
@@ -209,7 +220,7 @@ def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".*"))
     code = (other / "train.py").read_text()
-    loop = "        row = imitate(stage.learner, stage.optimizer, batch, cfg)\n        if is_due"
+    loop = "        set_lr(stage, cfg.demos_lr, step, warmup=50)\n"
     assert code.count(loop) == 1, "train_demos has changed"
     (other / "train.py").write_text(code.replace(loop, "        time.sleep(3)\n" + loop))
     bench_stages.main([str(other), "--quick", "--pairs", "1"])

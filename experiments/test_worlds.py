@@ -4,7 +4,6 @@
 """
 import collections
 import doctest
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,12 +17,11 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
-from experiments import facts, layouts
+from experiments import layouts
 from mem1 import turn_cap
 
-COUNTRIES = str(Path(__file__).resolve().parents[1] / "assets" / "countries.tsv")
-NAMES = ["web", "count", "shop", "dialogue", "facts"]
-CFG = {name: SimpleNamespace(env=name, hops=(1, 4), facts=COUNTRIES) for name in NAMES}
+NAMES = ["web", "count", "shop", "dialogue"]
+CFG = {name: SimpleNamespace(env=name, hops=(1, 4)) for name in NAMES}
 
 
 def make(name, n, seed):
@@ -158,37 +156,3 @@ def test_in_haste_the_demonstrator_buys_the_best_product_so_far():
         env.max_turns = 8
         best = play(env)[-1].split("; ")[1].split()[0]
         assert env.cause == "answered" and (best == env.open or best == ":")
-
-
-def test_facts_are_read_in_any_script_and_spelling(tmp_path):
-    path = tmp_path / "f.jsonl"
-    lines = ["# comment", ""]
-    for names in ("São Tomé", "r", "东京"), ("x", "y", 1), ("x", "y", 2), ("X", "z", 3):
-        fact = dict(zip(("subject", "relation", "object"), names))
-        lines += [json.dumps(fact), json.dumps(fact)]  # a fact that stands there twice counts once
-    path.write_text("\n".join(lines))
-    read = facts.read_facts(str(path))
-    assert read.known == {"São_Tomé": {"r": "东京"}, "x": {"z": "3"}}  # nothing ambiguous
-    assert sorted(read.index.search("x", 3)) == ["x y 1", "x y 2", "x z 3"]  # but it can be found
-    assert facts.parse(read, " são TOMÉ r ")[:2] == ("São_Tomé", ["r"])
-
-
-@pytest.mark.parametrize("line", [b"just one", b"a\tb\t?!", b"caf\xe9\ta\tb", b"\xff\xfea\x00",
-                                  b"{", b'{"subject": "x"}', b"[" * 200000])
-def test_a_bad_line_is_named_in_one_line(tmp_path, line):
-    path = tmp_path / ("f.jsonl" if line[:1] in b"{[" else "f.tsv")
-    path.write_bytes(b"# comment\r\n\r\n" + line)
-    with pytest.raises(ValueError, match="^.*line 3 is .{,200}; fix it$"):
-        facts.read_facts(str(path))
-
-
-@pytest.mark.parametrize("amnesic", [False, True])
-def test_each_question_asked_gets_a_line_that_says_if_it_is_wrong(amnesic):
-    read = facts.read_facts(COUNTRIES)
-    env = facts.task_of(read, "japan capital; peru capital river")
-    play(env, amnesic=amnesic)
-    first = "no answer (wrong: Tokyo)" if amnesic else "Tokyo"
-    assert facts.report(env) == [f"Japan capital: {first}", "Peru capital river: Rímac"]
-    for text in "nowhere capital", "France", "France madness", ";", "japan capital;" * 81:
-        with pytest.raises(ValueError, match="`"):
-            facts.task_of(read, text)

@@ -97,6 +97,7 @@ class WebQA(ComposedQA):
 
     One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
     """
+    turns_per_hop = 2
 
     def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
         max_turns = 2 * hops[1] * (n_objectives + 1) + 2

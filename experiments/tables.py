@@ -1,0 +1,201 @@
+"""tables.py: the tables and the plot of several runs.
+
+    python experiments/tables.py runs/*-seed-?                  # all tables, as markdown
+    python experiments/tables.py runs/*-seed-? --json > assets/results.json
+    python experiments/tables.py assets/results.json --plot assets/scaling.png
+
+Needs matplotlib for --plot.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+import envs
+from envs import Stream
+from eval import load_model, load_run, measure, memory, play
+from mem1 import POLICIES
+
+def collect(paths, device):
+    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
+    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos oracle
+    `mem1-oracle`.
+
+    This also plays mem1: what its state holds at 16 objectives, and its measures at 64, the longest
+    horizon, if the run has indices for it.
+    """
+    one = dict(seeds={}, memory={}, curves={}, meta={})
+    runs = [(Path(path), *load_run(path)) for path in paths]
+    if len({cfg.env for _, cfg, _ in runs}) > 1:
+        raise ValueError("runs of different worlds")
+    sizes = []
+    for _, _, models in runs:
+        weights = next(iter(models.values()))["weights"]
+        sizes.append(sum(w.numel() for w in weights.values()))
+    for (path, cfg, models), size in zip(runs, sizes):
+        if not (path / "results.json").is_file():
+            raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
+        times = round(size / min(sizes))
+        variant = f"-{times}x" if times > 1 else ""
+        variant += "-oracle" if cfg.demos == "oracle" else ""
+        results = json.loads((path / "results.json").read_text())
+        one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
+        seed = str(cfg.seed)
+        mine = one["seeds"].setdefault(seed, {})
+        for method, cells in results.items():
+            if method + variant in mine:
+                raise ValueError(f"{path}: a second run of seed {seed} with {method}{variant}")
+            mine[method + variant] = cells
+        curves = one["curves"].setdefault(seed, {})
+        for line in (path / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["stage"] == "ppo":
+                point = round(row["reward"], 4), round(row["memory"], 4)
+                curves.setdefault(row["agent"] + variant, []).append(point)
+        if "mem1" in results:
+            for method in "mem1", "mem1-demos":
+                model = load_model(models[method], device)
+                look_closer(one, cfg, model, seed, method + variant)
+    return one
+
+
+def memory_table(rows):
+    """What memory() found, as markdown."""
+    cells = []
+    for t, r in rows.items():
+        cells.append([t, f"{r['going']:.0%}", f"{r['found']:.1f}", f"{r['held']:.0%}",
+                      f"{r['right']:.1%}", f"{r['state']:.1f}"])
+    return markdown(["turn", "going", "found", "held", "right", "state"], cells)
+
+
+def look_closer(one, cfg, model, seed, method):
+    """The part of collect() that plays episodes."""
+    policy = POLICIES["mem1"]
+    n, farthest = min(16, envs.longest_horizon(cfg)), min(64, envs.longest_horizon(cfg))
+    episodes = min(64, cfg.eval_episodes)
+    cells = one["seeds"][seed][method]
+    if str(farthest) not in cells:
+        cells[str(farthest)] = measure(model, policy, cfg, farthest, episodes, Stream.TEST)
+    trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
+    one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
+
+
+FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",
+               kv_bytes=".0f")
+
+
+def report(one):
+    """All tables {title: markdown} of what collect() returns: means over the seeds ± deviation."""
+    seeds = one["seeds"].values()
+    order = sorted({method for cells in seeds for method in cells})
+    horizons = sorted({int(n) for cells in seeds for rows in cells.values() for n in rows})
+    tables = {"the README's table": readme_table(one)}
+    for name, form in FORMATS.items():
+        rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in order]
+        tables[name] = markdown([name, *horizons], rows)
+    for seed, agents in one["memory"].items():
+        for method, rows in agents.items():
+            tables[f"memory of {method}, seed {seed}"] = memory_table(rows)
+    return tables
+
+
+README_AGENTS = {"mem1-demos": "mem1, random notes imitated", "mem1": "mem1, after PPO",
+                 "mem1-demos-oracle": "mem1, oracle notes imitated", "full": "full context",
+                 "full-list": "full context that lists all",
+                 "full-2x": "full context, twice the weights"}
+
+
+def readme_table(one):
+    """EM and peak at 2, 8, 16 and 32 objectives of the agents that the README compares."""
+    horizons = 2, 8, 16, 32
+    head = ["", *(f"EM of {n}" for n in horizons), *(f"peak at {n}" for n in horizons)]
+    rows = []
+    trained = {method for cells in one["seeds"].values() for method in cells}
+    for method, text in README_AGENTS.items():
+        if method not in trained:
+            continue
+        em = [cell(one, method, n, "em", ".2f") for n in horizons]
+        peak = [cell(one, method, n, "peak", ".0f").partition(" ±")[0] for n in horizons]
+        rows.append([text, *em, *peak])
+    return markdown(head, rows)
+
+
+def cell(one, method, n, name, form):
+    """Mean ± standard deviation over the seeds, as text."""
+    rows = [seed.get(method, {}) for seed in one["seeds"].values()]
+    values = [row[str(n)][name] for row in rows if str(n) in row]
+    if not values:
+        return ""
+    text = f"{np.mean(values):{form}}"
+    return f"{text} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else text
+
+
+def markdown(head, rows):
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def plot(one, path):
+    """EM and peak tokens over the horizon: a line for the mean of the seeds, a band from the lowest
+    to the highest. And what PPO discovers: mem1's reward and memory over the iterations, all seeds.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(18, 4))
+    for agents in one["curves"].values():
+        for k, curve in enumerate(zip(*agents.get("mem1", []))):  # reward, memory
+            axes[2].plot(curve, color=f"C{k}")
+    axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
+    axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
+    titles = "questions answered", "peak tokens in context"
+    for axis, name, title in zip(axes, ("em", "peak"), titles):
+        for method, label in README_AGENTS.items():
+            runs = [cells[method] for cells in one["seeds"].values() if method in cells]
+            shared = set.intersection(*map(set, runs)) if runs else []
+            x = sorted(map(int, shared))
+            y = np.array([[run[str(n)][name] for n in x] for run in runs])  # (seeds, horizons)
+            if runs:
+                axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
+                axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
+        axis.set(xscale="log", xlabel="questions in the task", title=title)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="directories of finished runs, or one --json file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--plot", metavar="PNG", help="draw EM, peak and what PPO discovers")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        if args.runs[0].endswith(".json"):
+            one = json.loads(Path(args.runs[0]).read_text())
+            if "seeds" not in one:
+                raise ValueError(f"{args.runs[0]} was not made by --json of this script")
+        else:
+            one = collect(args.runs, "cpu")
+        if args.plot:
+            plot(one, args.plot)
+    except (ValueError, OSError, ImportError) as error:  # ImportError: no matplotlib
+        sys.exit(f"tables.py: {error}")
+    if args.json:
+        print(json.dumps(one))
+        return
+    for title, text in report(one).items():
+        print(f"\n{title}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
