@@ -23,11 +23,13 @@ Differs from the paper's environment (sec. 4.1):
 2) questions carry an index, and the answer lists `#index answer` pairs instead of `a; b; ...`;
 3) the turn budget follows from the task (most hops x N + 2) instead of 6 or 20.
 """
-import importlib
+import functools
+import importlib.util
 import itertools
 import math
 import re
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 
@@ -299,15 +301,18 @@ class SearchIndex:
         return [self.texts[page] for page in sorted(best)]
 
 
+@functools.cache
 def world_module(name):
-    """Another world: a module of experiments/ with make_env(), extra_words(), LONGEST objectives,
-    and NEEDS, the flags {name: value} that it has to be trained with. ValueError if there is
-    none."""
-    try:
-        module = importlib.import_module(f"experiments.{name}")
-        module.NEEDS
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--env {name}: no such world in experiments/ ({error})")
+    """Another world: experiments/NAME.py with make_env(), extra_words(), LONGEST objectives, and
+    NEEDS, the flags {name: value} that it has to be trained with. ValueError if there is none."""
+    path = Path(__file__).resolve().parent / "experiments" / f"{name}.py"
+    if not re.fullmatch(r"\w+", name) or not path.is_file():
+        raise ValueError(f"--env {name}: no such world in experiments/")
+    spec = importlib.util.spec_from_file_location(f"world_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "NEEDS"):
+        raise ValueError(f"--env {name}: experiments/{name}.py is no world")
     return module
 
 
@@ -366,10 +371,20 @@ def score(text, golds):
 
 
 def answers_shown(paths, query, info):
-    """The answers {(index, answer), ...} that an <info> shows in reply to `query`."""
-    query = query.strip().removeprefix("page ")
-    return {(index, path[-1].split()[-1]) for index, path in paths.items()
-            if query and path[-1].startswith(query) and path[-1] in info}
+    """The answers {(index, answer), ...} that an <info> shows to who asked for them: `query` is of
+    the answer's subject or relation, or both.
+
+    >>> paths = {"#64": ["jelo pupil jero"], "#65": ["milu pupil zupe"]}
+    >>> answers_shown(paths, " pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")
+    {('#64', 'jero')}
+    """
+    asked_for = set(words(query)) - {"page"}
+    found = set()
+    for index, path in paths.items():
+        subject, relation, answer = path[-1].split()
+        if asked_for and asked_for <= {subject, relation} and path[-1] in info:
+            found.add((index, answer))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------

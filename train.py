@@ -2,7 +2,7 @@
 
     python train.py                              # laptop: two agents, then the trend of the paper
     python train.py --preset debug               # smoke run, ten seconds
-    python train.py --device cuda --nproc 8      # 8 GPUs by DDP
+    python train.py --device cuda --nproc 8      # 8 GPUs by DDP; --preset gpu: a larger model
     torchrun --nproc-per-node 8 train.py         # the same; also on several machines
     python train.py --out runs/cpu --resume      # continue an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # PPO only, from imitated agents
@@ -32,6 +32,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -684,6 +685,8 @@ def configure(given):
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"
+    compilers = [shutil.which(name) for name in (os.environ.get("CXX", "g++"), "gcc", "clang")]
+    require(any(compilers) or not cfg.compile, "--compile: torch needs a C++ compiler, such as g++")
     require(gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
