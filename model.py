@@ -10,8 +10,8 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, each head at its
-   own rate. So an old state can be told from the last, at any length;
+2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, at a rate of its
+   own in each head of each layer. So an old state can be told from the last, at any length;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
    biases but that of the value head.
 """
@@ -45,7 +45,7 @@ class GPT(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, C)
         self.ln_in = nn.LayerNorm(C, bias=False)
         self.ln_out = nn.LayerNorm(C, bias=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.value_head = nn.Linear(C, 1)
         # Tied embeddings: a token's logit on its own embedding starts at sqrt(C).
         nn.init.normal_(self.emb.weight, std=C**-0.5)
@@ -84,10 +84,14 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), with a convolution over q and k; then x + mlp(norm(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
+        # What a key's score loses per token of distance: 1/4 in the first head of the first layer,
+        # 1/256 in that of the fourth, nothing in the last head of each layer.
+        slope = torch.linspace(4.0 ** -(1 + i), 0, config.n_head)  # (nh,)
+        self.register_buffer("slope", slope, persistent=False)
         self.ln_1 = nn.LayerNorm(C, bias=False)
         self.ln_2 = nn.LayerNorm(C, bias=False)
         self.qkv = nn.Linear(C, 3 * C, bias=False)
@@ -121,7 +125,7 @@ class Block(nn.Module):
 
         q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
-        q, k = with_position(q, k, pos)
+        q, k = with_position(q, k, pos, self.slope)
         seen = None  # which keys each token may attend to; None: its own and those before it
         if cache is not None:
             k, v, seen = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
@@ -131,19 +135,17 @@ class Block(nn.Module):
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
 
 
-def with_position(q, k, pos):
+def with_position(q, k, pos, slope):
     """Lower the score of each key by its distance times the slope of the head (ALiBi).
 
-    q, k (B, nh, T, hs), pos (T,) or (B, T). The score is q.k / sqrt(hs) - slope * (pos of the query
-    - pos of the key), and softmax is shift-invariant, so the query's position drops out. The rest
-    takes the place of the last two channels: the constant sqrt(hs) in the query, slope * pos in the
-    key, as a sum of two numbers, since bfloat16 has 8 significant bits. The slopes run from 1/64 in
-    the first head to 0 in the last, which looks back any distance.
+    q, k (B, nh, T, hs), pos (T,) or (B, T), slope (nh,). The score is q.k / sqrt(hs) - slope * (pos
+    of the query - pos of the key), and softmax is shift-invariant, so the query's position drops
+    out. The rest takes the place of the last two channels: the constant sqrt(hs) in the query,
+    slope * pos in the key, as a sum of two numbers, since bfloat16 has 8 significant bits.
     """
-    slope = torch.linspace(2**-6, 0, q.size(1), device=q.device, dtype=q.dtype)  # (nh,)
     pos = torch.stack([pos - pos % 128, pos % 128], -1)  # (T, 2) or (B, T, 2)
     rise = slope[:, None, None] * pos[..., None, :, :]  # (nh, T, 2) or (B, nh, T, 2)
-    rise = rise.expand(*q.shape[:-1], 2)  # (B, nh, T, 2)
+    rise = rise.to(q.dtype).expand(*q.shape[:-1], 2)  # (B, nh, T, 2)
     q = torch.cat([q[..., :-2], torch.full_like(rise, q.size(-1) ** 0.5)], -1)
     return q, torch.cat([k[..., :-2], rise], -1)  # each (B, nh, T, hs)
 

@@ -186,6 +186,7 @@ def dense(gpt, trajs):
         hs = gpt.config.n_embd // gpt.config.n_head
         x = gpt.ln_in(gpt.emb(ids))  # (T, C)
         ago = arange(len(x))[:, None] - arange(len(x))  # (T, T)
+        steepest = 0.25  # slope, that of the first head
         for block in gpt.blocks:
             h, v = block.qkv(block.ln_1(x)).split((2 * x.size(1), x.size(1)), 1)
             mixed = 0.0
@@ -194,7 +195,8 @@ def dense(gpt, trajs):
             qkv = cat([mixed, v], 1).unflatten(1, (3, -1, hs))
             q, k, v = qkv.permute(1, 2, 0, 3)  # (nh, T, hs)
             score = q[..., :-2] @ k[..., :-2].mT / hs**0.5  # (nh, T, T)
-            slope = arange(len(q) - 1, -1, -1)[:, None, None] / (64 * (len(q) - 1))
+            slope = steepest * arange(len(q) - 1, -1, -1)[:, None, None] / (len(q) - 1)
+            steepest = steepest / 4
             weight = (score - slope * ago).exp() * (ago >= 0)
             x = x + block.proj(cat([*F.normalize(weight, 1, -1) @ v], 1))
             x = x + block.down(block.up(block.ln_2(x)).clamp(min=0) ** 2)

@@ -99,7 +99,7 @@ class Config:
     demos_lr: float = 2e-3
     demos: str = "random"  # notes that mem1 imitates; the other agents imitate oracle notes
     # ppo
-    ppo_steps: int = 40
+    ppo_steps: int = 60
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2

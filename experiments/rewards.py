@@ -5,7 +5,7 @@
 
 It begins with the imitated agent of the --start run, takes all flags of train.py, and runs in one
 process. Resume an interrupted run by this script too: train.py would pay the usual reward. What was
-paid stands in the run's reward.json; compare.py puts several runs side by side.
+paid stands in the run's reward.json.
 
 An episode of N objectives earns, at the end of its last turn:
     em       the share of objectives answered exactly: what train.py pays

@@ -85,7 +85,7 @@ def test_layouts_differ_from_what_acted_from_the_turn_on_that_is_documented(
     for p in net.parameters():
         p.data += 0.2 * torch.randn_like(p)
     if plain:  # all differences come from deeper layers, the convolution and the positions
-        monkeypatch.setattr(model, "with_position", lambda q, k, pos: (q, k))
+        monkeypatch.setattr(model, "with_position", lambda q, k, pos, slope: (q, k))
         net.blocks[0].taps.data[:-1] = 0.0
         net.blocks[0].taps.data[-1] = 1.0
     trajs = [expert_rollout(envs.ComposedQA(4, (2, 2), seed=i), keep_last) for i in range(3)]
