@@ -415,27 +415,28 @@ def oracle_notes(prompt, seen="", fresh=False):
     questions = read_prompt(prompt)
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     answers = read_answers(seen)
-    index, subject, relations, then = question_at_hand(questions, answers, seen, query)
+    index, subject, relations, next_index = current_question(questions, answers, seen, query)
 
     # What did the last search find? If anything, one hop of the question at hand is done.
     found = []
     if query and relations:
-        hit = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} (#?{WORD})", info)
-        if hit:
-            found = [hit[0]]
-            subject, relations = hit[1], relations[1:]
+        match = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} (#?{WORD})", info)
+        if match:
+            found = [match[0]]
+            subject, relations = match[1], relations[1:]
 
     # If that was the last step, note the answer and take up the next question.
     new = {}
-    due = "left=1 " in info
-    if due or not relations:
+    last_turn = "left=1 " in info
+    if last_turn or not relations:
         answers[index] = new[index] = subject
-        index, subject, relations, then = take_up(questions_from(questions, then), answers)
-    if due or not relations:  # there is none: answer
+        rest = questions_from(questions, next_index)
+        index, subject, relations, next_index = next_question(rest, answers)
+    if last_turn or not relations:  # there is none: answer
         return " ".join([*found, STOP]), "answer", entries(answers)
 
     noted = entries(new if fresh else answers)
-    state = [*found, LIST, noted, index, *asked(subject, relations), then]
+    state = [*found, LIST, noted, index, *asked(subject, relations), next_index]
     return " ".join(filter(None, state)), "query", f"{subject} {relations[0]}"
 
 
@@ -476,7 +477,10 @@ def random_notes(rng, seen, state, kind, text):
 def read_prompt(prompt):
     """A prompt as text -> its questions [(index, subject, relations, next index), ...]."""
     sections = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
-    return [(index, subject, rest.split(), then) for index, subject, rest, then in sections]
+    questions = []
+    for index, subject, relations, next_index in sections:
+        questions.append((index, subject, relations.split(), next_index))
+    return questions
 
 
 def read_answers(seen):
@@ -492,23 +496,23 @@ def read_answers(seen):
     return answers
 
 
-def question_at_hand(questions, answers, seen, query):
+def current_question(questions, answers, seen, query):
     """What was still open of the last turn's question: (index, subject, relations, next index).
 
     The last state says so. If no state is kept, it follows from the query or the last answer.
     """
     stated = re.findall(OPEN, seen)
     if stated:
-        index, subject, relations, then = stated[-1]
-        return index, subject, relations.split(), then
+        index, subject, relations, next_index = stated[-1]
+        return index, subject, relations.split(), next_index
     subject, relation = (query.split() + ["", ""])[:2]
     begun = [q[0] for q in questions if answers.get(q[1], q[1]) == subject]
     after = [q[3] for q in questions if q[0] in answers] or [questions[0][0]]
     first = begun[0] if begun else after[-1]
-    index, start, relations, then = take_up(questions_from(questions, first), answers)
+    index, start, relations, next_index = next_question(questions_from(questions, first), answers)
     if relation in relations:
-        return index, subject, relations[relations.index(relation) :], then
-    return index, start, relations, then
+        return index, subject, relations[relations.index(relation) :], next_index
+    return index, start, relations, next_index
 
 
 def questions_from(questions, index):
@@ -516,12 +520,12 @@ def questions_from(questions, index):
     return list(itertools.dropwhile(lambda question: question[0] != index, questions))
 
 
-def take_up(questions, answers):
+def next_question(questions, answers):
     """The first question that can be asked: one about an earlier answer needs that answer."""
-    for index, subject, relations, then in questions:
+    for index, subject, relations, next_index in questions:
         subject = answers.get(subject, subject)
         if not subject.startswith("#"):
-            return index, subject, relations, then
+            return index, subject, relations, next_index
     return "", "", [], ""
 
 
@@ -558,9 +562,9 @@ def primer(rng, longest, more=()):
     values = [one_of(names) for _ in keys]
     pairs = [f"{key} {value}" for key, value in zip(keys, values)]
     sections = []  # questions, each up to and with the next index
-    for then in [*keys[1:], STOP]:
+    for next_index in [*keys[1:], STOP]:
         question = asked(one_of(names), some_of(RELATIONS, rng.integers(1, 4)))
-        sections.append(" ".join([*question, then]))
+        sections.append(" ".join([*question, next_index]))
 
     target, lookups = [], []
     skill = one_of(SKILLS)
@@ -570,10 +574,10 @@ def primer(rng, longest, more=()):
     elif skill == "edit":  # copy a list that ends in an open question, and do one hop of it
         chain = some_of(RELATIONS, rng.integers(1, 4))
         answer = one_of(names)
-        then = one_of([*INDICES, STOP])
+        next_index = one_of([*INDICES, STOP])
         listed = [LIST, *pairs[:-1], keys[-1]]
-        text = [*listed, *asked(values[-1], chain), then, STOP, answer]
-        target = [([*listed, *asked(answer, chain[1:]), then], True)]
+        text = [*listed, *asked(values[-1], chain), next_index, STOP, answer]
+        target = [([*listed, *asked(answer, chain[1:]), next_index], True)]
     elif skill == "append":  # copy a list of pairs, and add the section that its last key names
         some = rng.permutation(n)[: rng.integers(1, n + 1)]
         listed = [LIST, *(pairs[i] for i in some[:-1]), keys[some[-1]]]

@@ -10,10 +10,11 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) positions as in ALiBi (arXiv 2108.12409): a key's score falls with its distance, at a rate of its
-   own in each head of each layer. So an old state can be told from the last, at any length;
+2) forget gates (arXiv 2503.02130) instead of positions: how far back a token seems to stand depends
+   on what was written since. So an old state can be told from the last, at any length. Fixed slopes
+   (ALiBi) serve mem1 as well, but not full context, whose old states stay in view;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
-   biases but that of the value head.
+   biases but those of the gates and the value head.
 """
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class GPT(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, C)
         self.ln_in = nn.LayerNorm(C, bias=False)
         self.ln_out = nn.LayerNorm(C, bias=False)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.value_head = nn.Linear(C, 1)
         # Tied embeddings: a token's logit on its own embedding starts at sqrt(C).
         nn.init.normal_(self.emb.weight, std=C**-0.5)
@@ -59,13 +60,10 @@ class GPT(nn.Module):
         cache  what each row looks back on; Cache.reserve() has made room for the new tokens. None:
                each row by itself, under a causal mask
         """
-        pos = torch.arange(ids.size(1), device=ids.device)  # (T,)
-        if cache is not None:
-            pos = cache.slots  # (B, T)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
             for i, block in enumerate(self.blocks):
-                x = block(x, pos, cache, i)  # (B, T, C)
+                x = block(x, cache, i)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -82,16 +80,12 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), with a convolution over q and k; then x + mlp(norm(x))."""
+    """x + attention(norm(x)), with a convolution over q and k, and gates; then x + mlp(norm(x))."""
 
-    def __init__(self, config, i):
+    def __init__(self, config):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        # What a key's score loses per token of distance: 1/4 in the first head of the first layer,
-        # 1/256 in that of the fourth, nothing in the last head of each layer.
-        slope = torch.linspace(4.0 ** -(1 + i), 0, config.n_head)  # (nh,)
-        self.register_buffer("slope", slope, persistent=False)
         self.ln_1 = nn.LayerNorm(C, bias=False)
         self.ln_2 = nn.LayerNorm(C, bias=False)
         self.qkv = nn.Linear(C, 3 * C, bias=False)
@@ -111,21 +105,27 @@ class Block(nn.Module):
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
+        # At first a token adds 1/55 (first head) to 1/22000 (last) to the age of all before it.
+        self.gate = nn.Linear(C, self.n_head)
+        nn.init.zeros_(self.gate.weight)
+        self.gate.bias.data = torch.linspace(4, 10, self.n_head)
 
-    def forward(self, x, pos, cache, i):
+    def forward(self, x, cache, i):
         T, C = x.shape[1:]
-        h, v = self.qkv(self.ln_1(x)).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
+        normed = self.ln_1(x)  # (B, T, C)
+        h, v = self.qkv(normed).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
+        clock = -F.logsigmoid(self.gate(normed)).cumsum(1, dtype=x.dtype)  # (B, T, nh)
         if cache is None:
             wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
         else:
-            wide = cache.widen(i, h)  # (B, 3+T, 2C)
+            wide, clock = cache.go_on(i, h, clock)  # (B, 3+T, 2C), (B, T, nh)
         qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
 
         q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
-        q, k = with_position(q, k, pos, self.slope)
+        q, k = with_age(q, k, clock)
         seen = None  # which keys each token may attend to; None: its own and those before it
         if cache is not None:
             k, v, seen = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
@@ -135,19 +135,20 @@ class Block(nn.Module):
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
 
 
-def with_position(q, k, pos, slope):
-    """Lower the score of each key by its distance times the slope of the head (ALiBi).
+def with_age(q, k, clock):
+    """Lower each score by the age of the key: q, k (B, nh, T, hs), clock (B, T, nh).
 
-    q, k (B, nh, T, hs), pos (T,) or (B, T), slope (nh,). The score is q.k / sqrt(hs) - slope * (pos
-    of the query - pos of the key), and softmax is shift-invariant, so the query's position drops
-    out. The rest takes the place of the last two channels: the constant sqrt(hs) in the query,
-    slope * pos in the key, as a sum of two numbers, since bfloat16 has 8 significant bits.
+    A key is older by what the gates added to the clock since. Its score is q.k/sqrt(hs) + clock of
+    the key - clock of the query; softmax is shift-invariant, so the last term drops out. The rest
+    takes the place of the last two channels: the constant sqrt(hs) in the query, the clock in the
+    key, as a sum of two numbers, since bfloat16 has 8 significant bits. Attention adds up the
+    products in float32, for sampler and learner alike.
     """
-    pos = torch.stack([pos - pos % 128, pos % 128], -1)  # (T, 2) or (B, T, 2)
-    rise = slope[:, None, None] * pos[..., None, :, :]  # (nh, T, 2) or (B, nh, T, 2)
-    rise = rise.to(q.dtype).expand(*q.shape[:-1], 2)  # (B, nh, T, 2)
-    q = torch.cat([q[..., :-2], torch.full_like(rise, q.size(-1) ** 0.5)], -1)
-    return q, torch.cat([k[..., :-2], rise], -1)  # each (B, nh, T, hs)
+    clock = clock.transpose(1, 2)  # (B, nh, T)
+    coarse = clock.to(torch.bfloat16).to(clock.dtype)  # (B, nh, T)
+    clock = torch.stack([coarse, clock - coarse], -1)  # (B, nh, T, 2)
+    q = torch.cat([q[..., :-2], torch.full_like(clock, q.size(-1) ** 0.5)], -1)
+    return q, torch.cat([k[..., :-2], clock], -1)  # each (B, nh, T, hs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -161,7 +162,8 @@ class Cache:
     cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
     prompt, whose keys and values stay valid for the whole episode.
 
-    tail  what the convolution needs: its last three inputs in each layer
+    tail  in each layer, the inputs of the convolution (2C) and the clocks (nh) of the last three
+          tokens
     """
 
     def __init__(self, model, B):
@@ -172,7 +174,7 @@ class Cache:
         shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
         self.k = torch.zeros(shape).to(like.device, dtype)
         self.v = torch.zeros(shape).to(like.device, dtype)
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C).to(like)
+        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
@@ -182,7 +184,7 @@ class Cache:
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
         self.prompt_n = self.n.clone()  # (B,)
-        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C)
+        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C+nh)
 
     def rollback(self, pruned):
         """Forget all but the prompt in the rows where `pruned` (B,) is True."""
@@ -237,12 +239,15 @@ class Cache:
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += n
 
-    def widen(self, i, h):
-        """Prepend the three inputs of layer i's convolution before h (B, T, 2C): (B, 3+T, 2C)."""
-        wide = torch.cat([self.tail[i, : self.B], h], 1)  # (B, 3+T, 2C)
-        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C)
+    def go_on(self, i, h, clock):
+        """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
+        which began at 0, from where the last one stopped."""
+        tail, width = self.tail[i, : self.B], h.size(2)
+        clock = clock + tail[:, -1:, width:]  # (B, T, nh)
+        wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
+        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
         self.tail[i, : self.B] = wide.gather(1, last)
-        return wide
+        return wide[..., :width], clock
 
     def append(self, i, k, v):
         """Write k, v (B, nh, T, hs) of layer i. Returns what is to be attended to: all keys, all

@@ -33,7 +33,7 @@ from hypothesis.strategies import (booleans, floats, integers, lists, one_of, sa
                                    tuples)
 from numpy.random import default_rng
 from pytest import approx
-from torch import arange, cat, ones, rand, randn, stack, tensor, zeros
+from torch import arange, cat, ones, rand, randn, stack, tensor, zeros, zeros_like
 
 import envs
 import eval as evaluation
@@ -186,7 +186,6 @@ def dense(gpt, trajs):
         hs = gpt.config.n_embd // gpt.config.n_head
         x = gpt.ln_in(gpt.emb(ids))  # (T, C)
         ago = arange(len(x))[:, None] - arange(len(x))  # (T, T)
-        steepest = 0.25  # slope, that of the first head
         for block in gpt.blocks:
             h, v = block.qkv(block.ln_1(x)).split((2 * x.size(1), x.size(1)), 1)
             mixed = 0.0
@@ -195,9 +194,11 @@ def dense(gpt, trajs):
             qkv = cat([mixed, v], 1).unflatten(1, (3, -1, hs))
             q, k, v = qkv.permute(1, 2, 0, 3)  # (nh, T, hs)
             score = q[..., :-2] @ k[..., :-2].mT / hs**0.5  # (nh, T, T)
-            slope = steepest * arange(len(q) - 1, -1, -1)[:, None, None] / (len(q) - 1)
-            steepest = steepest / 4
-            weight = (score - slope * ago).exp() * (ago >= 0)
+            gate, kept = block.gate(block.ln_1(x)).sigmoid(), []  # (T, nh)
+            for i in range(len(x)):  # what is left of each key: its gate shrinks all before it
+                before = kept[i - 1][:i] * gate[i] if i else gate[:0]
+                kept.append(cat([before, torch.ones_like(gate[:1]), zeros_like(gate[i + 1 :])]))
+            weight = score.exp() * stack(kept).permute(2, 0, 1)  # (nh, T, T)
             x = x + block.proj(cat([*F.normalize(weight, 1, -1) @ v], 1))
             x = x + block.down(block.up(block.ln_2(x)).clamp(min=0) ** 2)
         x = gpt.ln_out(x)[-n - 1 : -1]
@@ -342,6 +343,8 @@ def test_no_tensor_is_made_on_another_device(monkeypatch):
 
 def test_in_bfloat16_sampler_and_learner_agree_on_long_contexts():
     gpt = talkative(ends=-9.0).float()
+    for block in gpt.blocks:  # one head forgets fast: ages get large
+        block.gate.bias.data[0] = 0.0
     world = AnyWorld(12, 0, 16, history=2)
     gpt.config.bfloat16 = True
     (traj,) = rollout(gpt, [world], keep_all, [world.rng])
@@ -895,6 +898,38 @@ def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     assert code > 0 and words in line
 
 
+def test_a_run_that_another_process_writes_is_left_alone(tmp_path):
+    with train.lock_run(tmp_path):
+        code, (line,) = run(*TINY, tmp_path)
+        assert code == 1 and "another process" in line and not list(tmp_path.glob("*.pt"))
+    assert train.lock_run(tmp_path)  # control: now it is free
+
+
+@parametrize("field, value", [("n_layer", "x"), ("ppo_lr", None), ("agents", "mem1"),
+                              ("n_embd", 96), ("preset", 7), ("unknown", 1)])
+def test_a_configuration_that_does_not_fit_is_refused_in_one_line(finished, tmp_path, field, value):
+    config = json.loads((finished / "config.json").read_text())
+    config["config"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+    code, (line,) = run("--resume", "--out", tmp_path)
+    assert code > 0 and "config.json" in line
+
+
+def test_python_without_assertions_refuses_as_well(finished):
+    for flags in (["--out", finished], ["--ppo-lr", "nan"], ["--out", ""]):
+        done = subprocess.run([sys.executable, "-O", "train.py", *map(str, flags)], cwd=HERE,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_rank_without_a_world_size_and_a_path_with_spaces(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    code, (line,) = run("--preset", "debug", "--out", "/none")
+    assert code == 2 and "WORLD_SIZE" in line
+    assert "--out 'my runs/a b' " in train.resume_hint(train.Config(out="my runs/a b"))
+
+
 @parametrize("flags", ["--episodes 0", "--show 0", "--json --memory", "--agents nobody",
                          "--objectives 99", "--env nowhere"])
 def test_eval_refuses_bad_flags_in_one_line(finished, flags):
@@ -968,7 +1003,7 @@ the cache shows old slots | model.Cache.reserve | <= self.slots[..., None]
     | >= 0 * self.slots[..., None]
     | sampler
 convolution sees pruned tokens | model.Cache.rollback | self.prompt_tail[:, | self.tail[:, | sampler
-positions begin anew at each turn | model.GPT.forward | cache.slots | pos | sampler
+the clock begins anew at each turn | model.Cache.go_on | + tail[:, -1:, width:] | | sampler
 rows move without their lengths | model.Cache.compact | self.n, self.prompt_n | [self.prompt_n]
     | sampler
 read tokens are trained | mem1.merged_turns | [False] | [True] | rows_show

@@ -9,8 +9,8 @@ import re
 
 import numpy as np
 
-from envs import (INDICES, LIST, STOP, WORD, ComposedQA, asked, entries, question_at_hand,
-                  questions_from, read_prompt, take_up)
+from envs import (INDICES, LIST, STOP, WORD, ComposedQA, asked, current_question, entries,
+                  next_question, questions_from, read_prompt)
 
 LONGEST = len(INDICES)  # objectives
 NEEDS = {"demos": "oracle", "around": 0}
@@ -89,45 +89,45 @@ class Dialogue(ComposedQA):
         query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
         pending = still_open(questions, changes, questions[0][0]) or questions
         unsaid = re.sub(f" {SAID}", "", seen)
-        index, subject, relations, then = question_at_hand(pending, answers, unsaid, query)
+        index, subject, relations, next_index = current_question(pending, answers, unsaid, query)
 
         # What did the last search bring to light? One step of the question at hand is done.
         found = []
         if query and relations:
             step = rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} (#?{WORD})"
-            hit = re.search(step, info)
-            if hit:
-                found = [hit[0]]
-                subject, relations = hit[1], relations[1:]
+            match = re.search(step, info)
+            if match:
+                found = [match[0]]
+                subject, relations = match[1], relations[1:]
 
         # What did the user say just now? The next question may have been withdrawn or put off.
         _, news = read_seen(info)
-        if then in news:
-            rest = [question[0] for question in still_open(questions, changes, then)]
-            then = rest[0] if rest else STOP
-        if then in changes:
+        if next_index in news:
+            rest = [question[0] for question in still_open(questions, changes, next_index)]
+            next_index = rest[0] if rest else STOP
+        if next_index in changes:
             questions = []  # of the prompt nothing is left: now comes what the user said
 
         # If the question at hand is answered or was changed, take up the next one.
         new = {}
-        due = "left=1 " in info
-        if index not in news and (due or not relations):
+        last_turn = "left=1 " in info
+        if index not in news and (last_turn or not relations):
             answers[index] = new[index] = subject
             changes.pop(index, None)
-        if index in news or due or not relations:
-            rest = still_open(questions, changes, then)
-            index, subject, relations, then = take_up(rest, answers)
-        if due or not relations:  # there is none: answer
+        if index in news or last_turn or not relations:
+            rest = still_open(questions, changes, next_index)
+            index, subject, relations, next_index = next_question(rest, answers)
+        if last_turn or not relations:  # there is none: answer
             return " ".join([*found, STOP]), "answer", entries(answers)
 
         # What has to be kept in mind: changes, but no withdrawal of what is behind us.
-        ahead = [question[0] for question in questions_from(questions, then)]
+        ahead = [question[0] for question in questions_from(questions, next_index)]
         kept = []
         for i, (changed_subject, changed_relations) in changes.items():
             if i != index and (changed_subject or i in ahead) and not fresh:
                 kept.append(said(i, changed_subject, changed_relations))
         memory = entries(new if fresh else answers)
-        state = [*found, LIST, memory, index, *asked(subject, relations), then, *kept]
+        state = [*found, LIST, memory, index, *asked(subject, relations), next_index, *kept]
         return " ".join(filter(None, state)), "query", f"{subject} {relations[0]}"
 
 
@@ -159,17 +159,17 @@ def read_seen(seen):
     return answers, changes
 
 
-def still_open(questions, changes, then):
+def still_open(questions, changes, next_index):
     """The questions of the prompt from `then` on, then those that the user has changed or added."""
     rest = []
-    for index, subject, relations, _ in questions_from(questions, then):
+    for index, subject, relations, _ in questions_from(questions, next_index):
         if index not in changes:
             rest.append((index, subject, relations))
     for index, (subject, relations) in changes.items():
         if subject:
             rest.append((index, subject, relations))
     following = [index for index, _, _ in rest[1:]] + [STOP]
-    return [(*question, then) for question, then in zip(rest, following)]
+    return [(*question, next_index) for question, next_index in zip(rest, following)]
 
 
 def make_env(cfg, n_objectives, seed):

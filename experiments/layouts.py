@@ -63,7 +63,7 @@ def stitched(traj, released=False):
 
     From turn 3 on this is not the policy that acted. Turn 3 reads keys of turn 2 that were computed
     while turn 2 still saw turn 1, so from the second layer on they leak it (at a turn boundary the
-    convolution does so in the first). And what is kept stands farther from what is written now.
+    convolution and the gates do so in the first).
 
     released: the mask of the published code. It also hides the previous state, which the agent did
     see, and an <info> sees nothing but itself.
@@ -145,10 +145,9 @@ class MaskAsCache:
 
     def __init__(self, see):
         self.see = see  # (1, 1, T, T)
-        self.slots = torch.arange(see.size(-1), device=see.device)[None]  # (1, T)
 
-    def widen(self, i, h):
-        return F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
+    def go_on(self, i, h, clock):
+        return F.pad(h, (0, 0, WIDTH - 1, 0)), clock  # (B, 3+T, 2C), (B, T, nh)
 
     def append(self, i, k, v):
         return k, v, self.see

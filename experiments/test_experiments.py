@@ -84,8 +84,8 @@ def test_layouts_differ_from_what_acted_from_the_turn_on_that_is_documented(
     net = GPT(GPTConfig(ENC.n_vocab, 1 if plain else 2, 2, 32)).double()
     for p in net.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    if plain:  # all differences come from deeper layers, the convolution and the positions
-        monkeypatch.setattr(model, "with_position", lambda q, k, pos, slope: (q, k))
+    if plain:  # all differences come from deeper layers, the convolution and the gates
+        monkeypatch.setattr(model, "with_age", lambda q, k, clock: (q, k))
         net.blocks[0].taps.data[:-1] = 0.0
         net.blocks[0].taps.data[-1] = 1.0
     trajs = [expert_rollout(envs.ComposedQA(4, (2, 2), seed=i), keep_last) for i in range(3)]
