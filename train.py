@@ -96,7 +96,7 @@ class Config:
     # demos
     demos_steps: int = 800
     demos_batch: int = 32  # episodes per step
-    demos_lr: float = 2e-3
+    demos_lr: float = 3e-3
     demos: str = "random"  # notes that mem1 imitates; the other agents imitate oracle notes
     # ppo
     ppo_steps: int = 60
