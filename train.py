@@ -235,10 +235,12 @@ def steps_left(stage, cfg):
 
 
 def as_is(data):
+    """Instead of the collate_fn of DataLoader: a step's data are a batch already."""
     return data
 
 
 def ignore_signals(worker):
+    """Called in each data-loading process as it starts."""
     on_signal(signal.SIG_IGN)
 
 
@@ -664,6 +666,7 @@ def parse_arguments(argv):
 
 
 def flag(name):
+    """n_embd -> --n-embd"""
     return "--" + name.replace("_", "-")
 
 
@@ -702,6 +705,7 @@ def configure(given):
 
 
 def require(condition, message):
+    """Refuse what a user gave, in one line."""
     if not condition:
         raise ValueError(message)
 
