@@ -371,8 +371,8 @@ def score(text, golds):
 
 
 def answers_shown(paths, query, info):
-    """The answers {(index, answer), ...} that an <info> shows to who asked for them: `query` is of
-    the answer's subject or relation, or both.
+    """The answers {(index, answer), ...} that an <info> shows and that `query` asked for: by
+    subject, by relation, or by both.
 
     >>> paths = {"#64": ["jelo pupil jero"], "#65": ["milu pupil zupe"]}
     >>> answers_shown(paths, " pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")

@@ -102,7 +102,7 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
 
 
 def measures(traj, policy):
-    """What is measured of one episode; eval.py explains each."""
+    """What is measured of one episode; the top of this file explains each."""
     turns, env = traj.turns, traj.env
     right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
     malformed = int(env.cause == "malformed")
@@ -157,8 +157,8 @@ def table(models, cfg, chosen, episodes, log):
             r = measure(model, policy, cfg, n, episodes, Stream.TEST, sampled)
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
-                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
-                 f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
+                f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
+                f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
     return results
 
 

@@ -11,8 +11,7 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
 2) forget gates (arXiv 2503.02130) instead of positions: how far back a token seems to stand depends
-   on what was written since. So an old state can be told from the last, at any length. Fixed slopes
-   (ALiBi) serve mem1 as well, but not full context, whose old states stay in view;
+   on what was written since. So an old state can be told from the last, at any length;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
    biases but those of the gates and the value head.
 """

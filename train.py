@@ -41,7 +41,6 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -415,14 +414,14 @@ def end_step(run, stage, step, row):
 
 def minutes_left(cfg, stage, step, minutes):
     """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
-    the primer as in imitation, 12 times as much in PPO. The final table is not counted."""
+    the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
     done, total = 0.0, 0.0
     plan = [] if cfg.start else [("primer", None)]
     for agent in cfg.agents:
         plan += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
     now = plan.index((stage.kind, stage.agent))
     for i, (kind, _) in enumerate(plan):
-        cost = dict(primer=0.5, demos=1.0, ppo=12.0)[kind]
+        cost = dict(primer=0.5, demos=1.0, ppo=10.0)[kind]
         steps = getattr(cfg, f"{kind}_steps")
         total += cost * steps
         if i <= now:

@@ -3,7 +3,6 @@
     python -m pytest -q experiments/test_experiments.py
 """
 import json
-import math
 import os
 import shutil
 import socket
