@@ -62,10 +62,8 @@ def keyed_rng(seed, stream, step, episode, what=0):
 RELATIONS = """heir rival mentor ally spouse pupil guard cousin deputy doctor tenant
                neighbour""".split()
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
-ALL_NAMES = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
-ALL_NAMES = [str(name) for name in np.random.default_rng(2506).permutation(ALL_NAMES)]
-A_NAME = frozenset(ALL_NAMES)
-NAMES = ALL_NAMES[:200]  # the others are not tokens: an agent has to spell them
+_PAIRS = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
+NAMES = [str(name) for name in np.random.default_rng(2506).permutation(_PAIRS)[:200]]
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
 LIST = ";"  # begins the list of answers that an agent keeps
@@ -79,7 +77,8 @@ TOP_K = 3  # facts that a search returns at most
 
 WORD = r"[^\s!-/:-@\[-^`{-~]+"  # of any script: no white space, no ASCII punctuation but `_`
 ENTRY = rf"(#\d+) ({WORD})"  # in a state or an answer: index, answer
-OPEN = rf"(#\d+) :+ ({WORD})((?: {WORD})*) (#\d+|\.)"  # in a state: the question at hand
+# In a prompt or a state: index, subject, relations, index of the next question.
+QUESTION = rf"(#\d+) :+ ({WORD})((?: {WORD})*)(?= (#\d+|\.))"
 
 
 def words(text):
@@ -111,7 +110,6 @@ class Env:
     prompt         the task as text
     golds          [(index, answer), ...], the right answers
     paths          {index: facts that lead to the answer}, if any
-    width          most tokens in a name
     n_questions    in the prompt; the agent's n_objectives are a piece of them: see take_piece()
     turns_per_hop  how many are enough
     history        turns played before the agent's first one, as mem1.Turn
@@ -127,7 +125,6 @@ class Env:
         self.max_turns = max_turns
         self.n_questions = n_objectives
         self.history = []
-        self.width = 1
         self.paths = {}
         self.turn = 0
         self.done = False
@@ -164,20 +161,14 @@ class ComposedQA(Env):
     hops          (fewest, most) relations in a question
     seed          a number or a list of numbers; the same seed gives the same episode
     max_turns     turn budget, answer included; None: most hops x N + 2
-    kind          list: independent questions; chain: about half of the questions are on an earlier
-                  answer: `#65 : #64 pupil`
-    names         how many names there are: the first 200 are one token each, the others several
     """
 
-    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None, kind="list",
-                 names=len(NAMES)):
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0, max_turns=None):
         super().__init__(n_objectives, max_turns or hops[1] * n_objectives + 2)
         rng = np.random.default_rng(seed)
-        if names > len(NAMES):
-            self.width = 1 + max(map(len, NAMES))
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # so training sees every index
         indices = INDICES[first : first + n_objectives]
-        questions, self.index = self.compose(indices, hops, kind, names, rng)
+        questions, self.index = self.compose(indices, hops, rng)
 
         sections = []
         for index, (subject, relations, path) in zip(indices, questions):
@@ -186,10 +177,9 @@ class ComposedQA(Env):
         self.prompt = " " + " ".join([*sections, STOP])
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
 
-    def compose(self, indices, hops, kind, names, rng):
+    def compose(self, indices, hops, rng):
         """The questions [(subject, relations, path), ...], and the search index."""
-        assert len(indices) * hops[1] <= names, f"{len(indices)} objectives need more names"
-        questions, triples = invent(indices, hops, kind, ALL_NAMES[:names], rng)
+        questions, triples = invent(indices, hops, rng)
         return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
 
     def search(self, query):
@@ -218,39 +208,25 @@ class ComposedQA(Env):
         return random_notes(rng, seen, *self.expert(seen))
 
 
-def invent(indices, hops, kind, pool, rng):
+def invent(indices, hops, rng):
     """A private world: (questions [(subject, relations, path), ...], triples).
 
     `path` lists the facts that lead to the answer; `triples` are all facts, shuffled.
     """
-    n = len(indices)
-    names = (pool[i] for i in rng.permutation(len(pool)))  # a name is the subject of one chain only
-    earlier = {}  # chain: {question: the question whose answer is its subject}
-    if kind == "chain":
-        for i in range(1, n):
-            free = sorted({*range(i)} - {*earlier.values()})
-            if rng.random() < 0.5:
-                earlier[i] = int(rng.choice(free))
-
+    names = (NAMES[i] for i in rng.permutation(len(NAMES)))  # a name is the subject of one hop only
     questions, triples = [], []
-    for i in range(n):
+    for _ in indices:
         relations = [str(r) for r in rng.permutation(RELATIONS)]
         asked_for = relations[: rng.integers(hops[0], hops[1] + 1)]
         others = relations[hops[1] :]
-        if i in earlier:
-            start = indices[earlier[i]]
-            subject = questions[earlier[i]][2][-1].split()[2]
-        else:
-            start = subject = next(names)
+        start = subject = next(names)
         path = []
-        for j, relation in enumerate(asked_for):
-            if j < len(asked_for) - 1 or i in earlier.values():
-                answer = next(names)  # the subject of further facts
-            else:
-                answer = str(rng.choice(pool))
+        for relation in asked_for:
+            is_last = relation == asked_for[-1]
+            answer = str(rng.choice(NAMES)) if is_last else next(names)
             triples.append((subject, relation, answer))
             for other in rng.choice(others, DISTRACTORS, replace=False):
-                triples.append((subject, str(other), pool[rng.integers(len(pool))]))
+                triples.append((subject, str(other), NAMES[rng.integers(len(NAMES))]))
             path.append(f"{subject} {relation} {answer}")
             subject = answer
         questions.append((start, asked_for, path))
@@ -319,7 +295,7 @@ def world_module(name):
 def make_env(cfg, n_objectives, seed):
     """The environment of one episode in the world of a configuration."""
     if cfg.env == "qa":
-        return ComposedQA(n_objectives, cfg.hops, seed, names=cfg.names)
+        return ComposedQA(n_objectives, cfg.hops, seed)
     return world_module(cfg.env).make_env(cfg, n_objectives, seed)
 
 
@@ -331,9 +307,9 @@ def extra_words(cfg):
 
 
 def longest_horizon(cfg):
-    """The most objectives for which there are enough indices and, in an invented world, names."""
+    """The most objectives for which a world has enough indices and names."""
     if cfg.env == "qa":
-        return min(len(INDICES), cfg.names // cfg.hops[1])
+        return min(len(INDICES), len(NAMES) // cfg.hops[1])
     return world_module(cfg.env).LONGEST
 
 
@@ -412,28 +388,29 @@ def oracle_notes(prompt, seen="", fresh=False):
     >>> oracle_notes(" #64 : jelo pupil .", seen)
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    questions = read_prompt(prompt)
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     answers = read_answers(seen)
-    index, subject, relations, next_index = current_question(questions, answers, seen, query)
+    questions = read_questions(prompt)
+    # What is still open of the question at hand: the last state says so.
+    index, subject, relations, next_index = (read_questions(seen) or questions[:1])[-1]
 
     # What did the last search find? If anything, one hop of the question at hand is done.
     found = []
     if query and relations:
-        match = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} (#?{WORD})", info)
+        match = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} ({WORD})", info)
         if match:
             found = [match[0]]
             subject, relations = match[1], relations[1:]
 
-    # If that was the last step, note the answer and take up the next question.
+    # If that was the last hop, list the answer and take up the next question, or answer.
     new = {}
     last_turn = "left=1 " in info
     if last_turn or not relations:
         answers[index] = new[index] = subject
-        rest = questions_from(questions, next_index)
-        index, subject, relations, next_index = next_question(rest, answers)
-    if last_turn or not relations:  # there is none: answer
-        return " ".join([*found, STOP]), "answer", entries(answers)
+        rest = [question for question in questions if question[0] == next_index]
+        if last_turn or not rest:
+            return " ".join([*found, STOP]), "answer", entries(answers)
+        index, subject, relations, next_index = rest[0]
 
     noted = entries(new if fresh else answers)
     state = [*found, LIST, noted, index, *asked(subject, relations), next_index]
@@ -462,7 +439,7 @@ def random_notes(rng, seen, state, kind, text):
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
     info = ([""] + re.findall("<info>([^<]*)", seen))[-1]
-    in_view = [word for word in words(info) if word in A_NAME]
+    in_view = [word for word in words(info) if word in NAMES]
     if in_view and not question.startswith(f"{index} "):
         notes[index] = str(rng.choice(in_view))
     if kind == "query":
@@ -474,13 +451,14 @@ def random_notes(rng, seen, state, kind, text):
     return state, kind, entries(notes)
 
 
-def read_prompt(prompt):
-    """A prompt as text -> its questions [(index, subject, relations, next index), ...]."""
-    sections = re.findall(rf"(#\d+) :+ (#?{WORD})((?: {WORD})+)(?= (#\d+|\.))", prompt)
-    questions = []
-    for index, subject, relations, next_index in sections:
-        questions.append((index, subject, relations.split(), next_index))
-    return questions
+def read_questions(text):
+    """A prompt or a state -> its questions [(index, subject, relations, next index), ...].
+
+    >>> read_questions(" #64 : jelo pupil #65 :: milu pupil neighbour .")
+    [('#64', 'jelo', ['pupil'], '#65'), ('#65', 'milu', ['pupil', 'neighbour'], '.')]
+    """
+    return [(index, subject, relations.split(), next_index)
+            for index, subject, relations, next_index in re.findall(QUESTION, text)]
 
 
 def read_answers(seen):
@@ -496,42 +474,9 @@ def read_answers(seen):
     return answers
 
 
-def current_question(questions, answers, seen, query):
-    """What was still open of the last turn's question: (index, subject, relations, next index).
-
-    The last state says so. If no state is kept, it follows from the query or the last answer.
-    """
-    stated = re.findall(OPEN, seen)
-    if stated:
-        index, subject, relations, next_index = stated[-1]
-        return index, subject, relations.split(), next_index
-    subject, relation = (query.split() + ["", ""])[:2]
-    begun = [q[0] for q in questions if answers.get(q[1], q[1]) == subject]
-    after = [q[3] for q in questions if q[0] in answers] or [questions[0][0]]
-    first = begun[0] if begun else after[-1]
-    index, start, relations, next_index = next_question(questions_from(questions, first), answers)
-    if relation in relations:
-        return index, subject, relations[relations.index(relation) :], next_index
-    return index, start, relations, next_index
-
-
-def questions_from(questions, index):
-    """The questions from this index on."""
-    return list(itertools.dropwhile(lambda question: question[0] != index, questions))
-
-
-def next_question(questions, answers):
-    """The first question that can be asked: one about an earlier answer needs that answer."""
-    for index, subject, relations, next_index in questions:
-        subject = answers.get(subject, subject)
-        if not subject.startswith("#"):
-            return index, subject, relations, next_index
-    return "", "", [], ""
-
-
 def entries(answers):
     """`#64 jero #65 veba`"""
-    return " ".join(f"{index} {answer}" for index, answer in answers.items() if index)
+    return " ".join(f"{index} {answer}" for index, answer in answers.items())
 
 
 # ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
     python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
-    python eval.py runs/cpu --memory         # what the state holds at 16, turn by turn
 
 Greedy decoding; a method called -sampled samples at temperature 1, as PPO does. Test episodes come
 from keys that no training and no validation episode has.
@@ -22,7 +21,6 @@ from keys that no training and no validation episode has.
 import argparse
 import difflib
 import json
-import re
 import signal
 import zipfile
 from pathlib import Path
@@ -34,8 +32,7 @@ import torch
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import (ENC, IS, POLICIES, expert, keep_last, memory_recall, merged_turns, rollout,
-                  visible_past)
+from mem1 import ENC, IS, POLICIES, expert, keep_last, merged_turns, rollout, visible_past
 from model import GPT, GPTConfig
 
 CHECKPOINT = "stage step models model optimizer seconds log_bytes".split()  # what is in it
@@ -130,14 +127,14 @@ def validate(model, agent, cfg):
     return found
 
 
-def methods(models, snapshots=False):
+def methods(models):
     """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
-    and after PPO, greedy and sampled; on request its snapshots. And `truncate`: the weights of
-    full-list with MEM1's context."""
+    and after PPO, greedy and sampled. And `truncate`: the weights of full-list with MEM1's
+    context."""
     found = {}
     for name in models:
-        agent = re.split("-demos|@", name)[0]
-        if agent in POLICIES and (snapshots or "@" not in name):
+        agent = name.removesuffix("-demos")
+        if agent in POLICIES:
             found[name] = name, POLICIES[agent], False
             found[f"{name}-sampled"] = name, POLICIES[agent], True
     if "full-list" in models:
@@ -171,30 +168,6 @@ def trend(results):
     times = f": {a['em'] / b['em']:.1f} times the accuracy" if b["em"] else ""
     return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}{times}, "
             f"with 1/{b['peak'] / a['peak']:.1f} of the peak tokens (paper: 3.5, 1/3.7)")
-
-
-def memory(trajs, policy):
-    """What the state holds, by turn: {turn: {going, found, held, right, state}}.
-
-        going  share of the episodes that search in this turn
-        found  answers that the agent has asked for and been shown so far
-        held   share of them in its state (an agent that keeps older states need not repeat them)
-        right  share of these turns that are what the demonstrator would write
-        state  tokens in the state
-    """
-    by_turn = {}
-    for traj in trajs:
-        for t, found, held in memory_recall(traj):
-            turn = traj.turns[t]
-            right = turn.written == expert(traj.env, policy, traj.turns[:t])
-            cells = len(found), len(held), right, len(turn.state)
-            by_turn.setdefault(t + 1, []).append(cells)
-    rows = {}
-    for t, cells in sorted(by_turn.items()):
-        found, held, right, state = np.mean(cells, axis=0).tolist()
-        rows[str(t)] = dict(going=len(cells) / len(trajs), found=found, right=right, state=state,
-                            held=held / found if found else 0.0)
-    return rows
 
 
 def show(traj, policy):
@@ -234,8 +207,6 @@ def parse_arguments(argv):
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
-    parser.add_argument("--memory", action="store_true", help="what the state holds, by turn")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON, nothing else")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
 
@@ -247,8 +218,6 @@ def parse_arguments(argv):
     for number in args.episodes, args.show:
         if number is not None and number < 1:
             refuse("--episodes, --show: expected at least 1")
-    if args.json and (args.show or args.memory):
-        refuse("--json is for the table")
     if args.device == "cuda" and not gpu:
         refuse("--device cuda: torch finds no GPU here")
     return args, refuse
@@ -259,11 +228,9 @@ def main(argv=None):
     args, refuse = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
-        results = evaluate_run(args)
+        evaluate_run(args)
     except (ValueError, OSError) as error:
         refuse(str(error))
-    if args.json:
-        print(json.dumps(results))
 
 
 def evaluate_run(args):
@@ -277,38 +244,23 @@ def evaluate_run(args):
     for n in cfg.eval_objectives:
         if not 1 <= n <= longest:
             raise ValueError(f"--objectives {n}: expected 1 to {longest}")
-    chosen = methods(models, snapshots=bool(args.agents))
-    if (args.show or args.memory) and not args.agents:
+    chosen = methods(models)
+    if args.show and not args.agents:
         chosen = {name: chosen[name] for name in chosen if not name.endswith("-sampled")}
     if args.agents:
         unknown = set(args.agents) - set(chosen)
         if unknown:
             raise ValueError(f"--agents {' '.join(unknown)}: the run has {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in args.agents}
-    if not (args.show or args.memory):
-        episodes = args.episodes or cfg.eval_episodes
-        results = table(models, cfg, chosen, episodes, (lambda line: None) if args.json else print)
-        if not args.json:
-            print(trend(results))
-        return results
-
-    n = (args.objectives or [min(4 if args.show else 16, longest)])[0]
-    which = range(args.show or args.episodes or 64)
-    env = envs.make_env(cfg, 1, [0])
-    if args.memory and not env.paths:
-        raise ValueError("--memory: in this world a state holds no list of answers")
+    if not args.show:
+        print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
+        return
+    n = (args.objectives or [min(4, longest)])[0]
     for name, (source, policy, sampled) in chosen.items():
         model = load_model(models[source], cfg.device)
-        trajs = play(model, policy, cfg, n, which, Stream.TEST, sampled)
-        print(f"--- {name}, {n} objectives, {len(which)} episodes")
-        if args.memory:
-            print("turn  going  found   held  right  state")
-            for turn, r in memory(trajs, policy).items():
-                print(f"{turn:>4s} {r['going']:6.0%} {r['found']:6.1f} {r['held']:6.0%} "
-                      f"{r['right']:6.1%} {r['state']:6.1f}")
-        else:
-            for traj in trajs:
-                show(traj, policy)
+        print(f"--- {name}, {n} objectives")
+        for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
+            show(traj, policy)
 
 
 if __name__ == "__main__":

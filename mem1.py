@@ -231,14 +231,8 @@ def keep_similar(turns):
     return keep_all([earlier[t] for t in sorted(nearest)] + [last])
 
 
-def keep_info(turns):
-    """The last query and info without the state: what can be done with no memory at all."""
-    last = turns[-1]
-    return [*last.written[len(last.state) :], *last.info]
-
-
 POLICIES = {"mem1": keep_last, "full": keep_all, "full-list": keep_all_relist,
-            "window": keep_window, "similar": keep_similar, "amnesic": keep_info}
+            "window": keep_window, "similar": keep_similar}
 
 
 def visible_past(env, policy, turns):
@@ -285,21 +279,19 @@ def expert_rollout(env, policy, rng=None):
     return traj
 
 
-def play_history(env, policy, first, most, rng=None):
+def play_history(env, policy, first, rng=None):
     """Let the demonstrator deal with the questions before number `first` (from 0), under this
     context policy. rng: as in expert(). What it does stands in env.history: turns as any others.
 
     The turn that takes up question `first` is the agent's: it sees what it would see at this point
-    if it had to answer all questions. It begins after `most` turns at the latest: without a state,
-    as in keep_info, the demonstrator asks the same again and again.
+    if it had to answer all questions.
     """
     traj = Trajectory(env, prompt_ids(env))
-    start = envs.read_prompt(env.prompt)[first][0]
-    for _ in range(most):
+    index = envs.read_questions(env.prompt)[first][0]
+    while True:
         written = expert(env, policy, traj.turns, rng)
         kind, state, _ = parse(written)
-        taken_up = re.findall(envs.OPEN, ENC.decode(state))
-        if kind == "answer" or taken_up[-1][0] == start:
+        if kind == "answer" or envs.read_questions(ENC.decode(state))[-1][0] == index:
             break
         traj.add_turn(traj.next_context(policy), written)
     env.history = traj.turns
@@ -307,9 +299,8 @@ def play_history(env, policy, first, most, rng=None):
 
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory: each part that is trained is the end of a turn."""
-    more = [*envs.extra_words(cfg), *envs.ALL_NAMES[len(envs.NAMES) : cfg.names]]
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
-    text, parts = envs.primer(rng, longest, more)
+    text, parts = envs.primer(rng, longest, envs.extra_words(cfg))
     seen = ENC.encode_ordinary(text)
     traj = Trajectory(None, seen)
     for part, is_trained in parts:
@@ -327,7 +318,7 @@ def exercise(cfg, step, i, longest):
 def turn_cap(env):
     """Most tokens that an agent may write in a turn: index and name for each question, plus room
     for the rest."""
-    return (1 + env.width) * env.n_questions + 8 * (2 + env.width)
+    return 2 * env.n_questions + 24
 
 
 def rollout(model, environments, policy, rngs=None, batch=64):
@@ -401,7 +392,7 @@ def feed(model, cache, contexts):
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
     ids = torch.tensor([c + [0] * (T - len(c)) for c in contexts], device=device)  # (B, T)
     cache.reserve(T, n)
-    x = model.forward(ids, cache)  # (B, T, C); uncompiled despite --compile
+    x = model(ids, cache)  # (B, T, C)
     return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
 
 

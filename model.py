@@ -195,21 +195,14 @@ class Cache:
     def compact(self, stay):
         """Continue with only the rows where `stay` (B,) is True, moved to the front.
 
-        A row that leaves swaps places with one that stays, so few rows move. Returns `order` (B,):
-        row b now holds what row order[b] held, including the rows that left.
+        Returns `order` (B,): row b now holds what row order[b] held, including the rows that left.
         """
-        order = torch.arange(len(stay), device=stay.device)
-        n = int(stay.sum())
-        free = (~stay[:n]).nonzero()[:, 0]
-        moving = stay[n:].nonzero()[:, 0] + n
-        order[free], order[moving] = moving, free
-        here = torch.cat([free, moving])
-        there = order[here]
+        order = torch.argsort(~stay, stable=True)  # (B,)
         for buffer in self.k, self.v, self.tail, self.prompt_tail:
-            buffer[:, here] = buffer[:, there]
+            buffer[:, : len(order)] = buffer[:, order]
         for buffer in self.n, self.prompt_n:
-            buffer[here] = buffer[there]
-        self.B = n
+            buffer[: len(order)] = buffer[order]
+        self.B = int(stay.sum())
         return order
 
     def reserve(self, T, n):

@@ -63,7 +63,6 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     # 3. Learn.
     gap = torch.zeros((), **like)
     sums = torch.zeros(5, **like)  # over all epochs: tokens, entropy, KL, KL to the reference, clip
-    processed = 0  # tokens in this process's rows, padding included
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
             which = [mine.index(e) for e in chosen if e in mine]
@@ -93,11 +92,10 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                     backward(cfg.primer_coef * nll(model, rows.to(device)) / n_reading)
 
             norm = clip_and_step(model, optimizer, cfg.grad_clip)
-            processed += sum(rows.ids.numel() for rows in played + reading)
 
     tokens, entropy, kl, to_ref, clip = all_sum(sums).tolist()
     return dict(
-        mean_over_episodes(trajs), tokens=int(tokens), processed=processed, norm=norm,
+        mean_over_episodes(trajs), tokens=int(tokens), norm=norm,
         kl=kl / tokens, ref=to_ref / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_max(gap).item())
 

@@ -7,7 +7,7 @@
     python train.py --out runs/cpu --resume      # continue an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # PPO only, from imitated agents
 
-Three stages, each a loop below. Qwen2.5-7B, which the paper starts from, can read; random weights
+Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights
 cannot, hence the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation, on one and two objectives: the format, how to search, how to carry on a
@@ -21,6 +21,7 @@ Every random choice is keyed by (seed, stage, step, episode). So a resumed run r
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -32,7 +33,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +46,6 @@ import torch.distributed as dist
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -73,13 +72,11 @@ class Config:
     dtype: str = "auto"  # of matrix products; auto: bfloat16 on a GPU, else float32
     workers: int = 0  # data-loading processes per training process (docker run needs --shm-size 8g)
     play_batch: int = 64  # episodes played side by side
-    compile: bool = False  # torch.compile the learner: takes minutes at first, for large models
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     # world
-    env: str = "qa"  # qa, or a world of experiments/: web, count, shop, dialogue
+    env: str = "qa"  # qa, or a world of experiments/: web, count, shop
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    names: int = 200  # of the invented world; those beyond 200 are several tokens each
     around: int = 4  # most questions before the agent's own in training, and after; 0: whole tasks
     most_turns: int = 130  # largest turn budget in training: what 64 questions of 2 hops get
     # model
@@ -127,7 +124,7 @@ PRESETS = {
         eval_every=2, eval_objectives=(1, 2, 4), eval_episodes=8,
         valid_episodes=4),
     "gpu": dict(
-        out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8, names=1000,
+        out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
         demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
         eval_every=50,
@@ -136,46 +133,32 @@ PRESETS = {
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                demos=["random", "oracle"])
-MAY_BE_ZERO = """seed nproc workers exercises around primer_coef clip kl_coef gamma lam
-                 weight_decay""".split()
-AT_MOST_ONE = "gamma lam clip primer_lr demos_lr ppo_lr".split()
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
+MAY_BE_ZERO = "seed nproc workers exercises around primer_coef clip kl_coef gamma lam weight_decay"
+HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
+               primer_longest=len(envs.INDICES), workers=4 * os.cpu_count())
 
 # ----------------------------------------------------------------------------------------------
-# The three stages
+# The stages
 
 
-def train_primer(run):
-    """Reading exercises, on lists that get longer."""
-    cfg, stage = run.cfg, begin_stage(run, "primer", agent=None, base=None)
-    for step, batch in steps_left(stage, cfg):
-        set_lr(stage, cfg.primer_lr, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizer, batch, cfg)
+def imitation(run, stage):
+    """Primer and demos: maximum likelihood. What is imitated differs; see Steps."""
+    for step, batch in steps_left(run.cfg, stage):
+        row = imitate(stage.learner, stage.optimizer, batch, run.cfg)
         end_step(run, stage, step + 1, row)
-    end_stage(run, stage)
 
 
-def train_demos(run, agent):
-    """Imitation of the demonstrator, which sees what this agent's context policy keeps."""
-    cfg, stage = run.cfg, begin_stage(run, "demos", agent, base="primer")
-    for step, batch in steps_left(stage, cfg):
-        set_lr(stage, cfg.demos_lr, step, warmup=50)
-        row = imitate(stage.learner, stage.optimizer, batch, cfg)
-        end_step(run, stage, step + 1, row)
-    end_stage(run, stage)
-
-
-def train_ppo(run, agent):
-    """Reinforcement. The last weights are the result: choosing by validation at 16 objectives would
-    use a horizon that is not trained. Snapshots on the way are kept as well, such as `mem1@20`."""
-    cfg, stage = run.cfg, begin_stage(run, "ppo", agent, base=f"{agent}-demos")
-    reference = load_model(run.state["models"][f"{agent}-demos"], cfg.device).requires_grad_(False)
-    policy = POLICIES[agent]
-    for step, tasks in steps_left(stage, cfg):
-        set_lr(stage, cfg.ppo_lr, step, warmup=3)
+def reinforcement(run, stage):
+    """PPO. The last weights are the result: choosing by validation at 16 objectives would use a
+    horizon that is not trained."""
+    cfg = run.cfg
+    imitated = run.state["models"][f"{stage.agent}-demos"]
+    reference = load_model(imitated, cfg.device).requires_grad_(False)
+    policy = POLICIES[stage.agent]
+    for step, tasks in steps_left(cfg, stage):
         row = ppo.update(stage.learner, stage.optimizer, reference, tasks, policy, cfg, step)
         end_step(run, stage, step + 1, row)
-    end_stage(run, stage)
 
 
 def imitate(learner, optimizer, batch, cfg):
@@ -190,9 +173,23 @@ def imitate(learner, optimizer, batch, cfg):
             ppo.backward(nll / n)
         total += nll.detach()
     norm = ppo.clip_and_step(learner, optimizer, cfg.grad_clip)
-    processed = sum(rows.ids.numel() for rows in batch)  # padding included
-    loss = (ppo.all_sum(total) / n).item()
-    return dict(loss=loss, norm=norm, tokens=int(n), processed=processed)
+    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n))
+
+
+def set_lr(optimizer, lr, step, steps, warmup):
+    """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
+    >>> for step in 0, 5, 8:
+    ...     set_lr(optimizer, 1.0, step, 10, warmup=2)
+    ...     print(optimizer.param_groups[0]["lr"])
+    0.5
+    1.0
+    0.5
+    """
+    decay = max(0.05, (steps - step) / (0.4 * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -222,20 +219,22 @@ class Steps(Dataset):
         return make_rows(trajs, cfg.micro_batch)
 
 
-def steps_left(stage, cfg):
-    """(step, its data) of each remaining step, made ahead by cfg.workers processes, if any."""
+def steps_left(cfg, stage):
+    """(step, its data) of each step that is left, made ahead by cfg.workers processes, if any. Sets
+    the learning rate of the step."""
+    numbers = range(stage.start, stage.steps)
     # A signal may go to the whole process group. A worker that dies of it takes this process with
     # it, before that has finished its step and saved. So workers ignore signals.
     loader = DataLoader(
-        Steps(cfg, stage.kind, stage.agent), batch_size=None, sampler=stage.bar.iterable,
-        collate_fn=as_is, num_workers=cfg.workers, worker_init_fn=ignore_signals,
+        Steps(cfg, stage.kind, stage.agent), batch_size=None, sampler=numbers,
+        num_workers=cfg.workers, worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if cfg.workers else None)
-    return zip(stage.bar, loader)
-
-
-def as_is(data):
-    """Instead of the collate_fn of DataLoader: a step's data are a batch already."""
-    return data
+    hide = True if ppo.process()[0] else None  # None: hidden where there is no terminal
+    bar = tqdm(numbers, stage.name, stage.steps, False, initial=stage.start, disable=hide)
+    for step, data in zip(bar, loader):
+        lr = getattr(cfg, f"{stage.kind}_lr")
+        set_lr(stage.optimizer, lr, step, stage.steps, warmup=3 if stage.kind == "ppo" else 50)
+        yield step, data
 
 
 def ignore_signals(worker):
@@ -274,7 +273,7 @@ def training_task(cfg, agent, stream, step, i):
     # The turn budget: what the whole task gets; in some demonstrations less, to show what to do
     # when the turns run out; often much more, so that the agent has seen every number of turns left
     # that it may be told on a long horizon.
-    questions = envs.read_prompt(env.prompt)
+    questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
     done = sum(needed[:before])
     which = rng.random()
@@ -286,8 +285,7 @@ def training_task(cfg, agent, stream, step, i):
         env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, cfg.most_turns) + 1))
 
     if before or after:
-        notes_rng = rng if has_random_notes(cfg, agent) else None
-        play_history(env, POLICIES[agent], before, done, notes_rng)
+        play_history(env, POLICIES[agent], before, rng if has_random_notes(cfg, agent) else None)
         env.take_piece(before, n)
     return env
 
@@ -321,7 +319,6 @@ class Run:
     out: Path
     state: dict  # what a checkpoint holds
     started: float  # perf_counter() when it began, moved forward by any interruption
-    peak_flops: float  # peak floating point operations per second of this process
     signals: list = field(default_factory=list)  # those that asked it to stop
 
     def stop_later(self, number, frame):
@@ -336,23 +333,39 @@ class Stage:
     """One of the three stages, for one agent, while it is trained."""
     kind: str  # primer, demos or ppo
     agent: str
-    name: str  # of the model that comes out: primer, mem1-demos, mem1
+    name: str  # of the model that comes out
+    start: int  # steps that a resumed run has done before
     steps: int
-    bar: object  # the steps left, with a progress bar
     model: GPT
     learner: object  # the model, wrapped for DDP
     optimizer: object
-    step_began: float = field(default_factory=time.perf_counter)
+    step_began: float
 
 
 EMPTY_STATE = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
                    log_bytes=0)  # of metrics.jsonl
 
 
-def begin_stage(run, kind, agent, base):
-    """Set up a stage, from the weights called `base` or from a checkpoint taken within it."""
+def plan(cfg):
+    """The stages of a run: [(kind, agent), ...]."""
+    if cfg.start:
+        return [("ppo", agent) for agent in cfg.agents]
+    stages = [("primer", None)]
+    for agent in cfg.agents:
+        stages += [("demos", agent), ("ppo", agent)]
+    return stages
+
+
+def model_name(kind, agent):
+    """What the model that comes out of a stage is called: primer, mem1-demos, mem1."""
+    return {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
+
+
+def begin_stage(run, kind, agent):
+    """Set up a stage, from the weights of the stage before or from a checkpoint taken within it."""
     cfg, state = run.cfg, run.state
-    name = {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
+    base = {"primer": None, "demos": "primer", "ppo": f"{agent}-demos"}[kind]
+    name = model_name(kind, agent)
     torch.manual_seed(cfg.seed)
     model = GPT(gpt_config(cfg)).to(cfg.device)
     if base:
@@ -364,31 +377,20 @@ def begin_stage(run, kind, agent, base):
         start = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    if cfg.compile:
-        model.compile(dynamic=True)
     learner = model
     if dist.is_initialized():
         learner = torch.nn.parallel.DistributedDataParallel(model)
     steps = getattr(cfg, f"{kind}_steps")
-    hide = True if ppo.process()[0] else None  # None: hidden where there is no terminal
-    bar = tqdm(range(start, steps), name, initial=start, total=steps, disable=hide, leave=False)
-    return Stage(kind, agent, name, steps, bar, model, learner, optimizer)
-
-
-def is_due(stage, step, cfg):
-    """Is it time for a validation and a checkpoint?"""
-    every = cfg.eval_every if stage.kind == "ppo" else 25 * cfg.eval_every
-    return step % every == 0 or step == stage.steps
+    return Stage(kind, agent, name, start, steps, model, learner, optimizer, time.perf_counter())
 
 
 def end_step(run, stage, step, row):
     """Log a step, validate and save if it is time, and stop if a signal came in."""
     cfg = run.cfg
-    took = time.perf_counter() - stage.step_began
-    row["tok_s"] = row.pop("tokens") / took
-    weights = sum(p.numel() for p in stage.model.parameters())
-    row["mfu"] = 6 * weights * row.pop("processed") / took / run.peak_flops  # attention not counted
-    if is_due(stage, step, cfg) and stage.agent:
+    every = cfg.eval_every if stage.kind == "ppo" else 25 * cfg.eval_every
+    is_due = step % every == 0 or step == stage.steps
+    row["tok_s"] = row.pop("tokens") / (time.perf_counter() - stage.step_began)
+    if is_due and stage.agent:
         row.update(validate(stage.model, stage.agent, cfg))
     minutes = (time.perf_counter() - run.started) / 60
     row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
@@ -400,9 +402,7 @@ def end_step(run, stage, step, row):
 
     number = torch.tensor(max(run.signals, default=0), device=cfg.device)
     number = int(ppo.all_max(number))  # all processes stop after the same step
-    if number or is_due(stage, step, cfg):
-        if stage.kind == "ppo" and is_due(stage, step, cfg):
-            store_model(run, f"{stage.name}@{step}", stage.model)
+    if number or is_due:
         run.state.update(stage=stage.name, step=step, model=stage.model.state_dict(),
                          optimizer=stage.optimizer.state_dict())
         save(run)
@@ -415,32 +415,19 @@ def end_step(run, stage, step, row):
 def minutes_left(cfg, stage, step, minutes):
     """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
     the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
-    done, total = 0.0, 0.0
-    plan = [] if cfg.start else [("primer", None)]
-    for agent in cfg.agents:
-        plan += [("ppo", agent)] if cfg.start else [("demos", agent), ("ppo", agent)]
-    now = plan.index((stage.kind, stage.agent))
-    for i, (kind, _) in enumerate(plan):
-        cost = dict(primer=0.5, demos=1.0, ppo=10.0)[kind]
-        steps = getattr(cfg, f"{kind}_steps")
-        total += cost * steps
-        if i <= now:
-            done += cost * (step if i == now else steps)
-    return minutes * (total - done) / done
+    cost = dict(primer=0.5, demos=1.0, ppo=10.0)
+    work = [cost[kind] * getattr(cfg, f"{kind}_steps") for kind, _ in plan(cfg)]
+    done = sum(work[: plan(cfg).index((stage.kind, stage.agent))]) + cost[stage.kind] * step
+    return minutes * (sum(work) - done) / done
 
 
 def end_stage(run, stage):
-    """Keep what came out of a stage."""
-    store_model(run, stage.name, stage.model)
+    """Keep a copy of the model that came out of a stage."""
+    weights = {key: value.cpu().clone() for key, value in stage.model.state_dict().items()}
+    config = dataclasses.asdict(gpt_config(run.cfg))
+    run.state["models"][stage.name] = dict(config=config, weights=weights)
     run.state.update(stage="", step=0, model=None, optimizer=None)
     save(run)
-
-
-def store_model(run, name, model):
-    """Put a copy of a model, which further steps do not change, into the run's state."""
-    weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-    config = dataclasses.asdict(gpt_config(run.cfg))
-    run.state["models"][name] = dict(config=config, weights=weights)
 
 
 def gpt_config(cfg):
@@ -467,7 +454,7 @@ def log_line(row, steps, eta):
     else:
         parts.append(f"loss {row['loss']:.4f}")
     parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
-    parts += [f"{row['tok_s'] / 1e3:.1f}k tok/s", f"mfu {row['mfu']:.0%}", f"eta {eta:.0f}m"]
+    parts += [f"{row['tok_s'] / 1e3:.1f}k tok/s", f"eta {eta:.0f}m"]
     return " | ".join(parts)
 
 
@@ -486,7 +473,9 @@ def save(run):
 
 
 def write_atomically(path, content):
-    """Write bytes to a temporary file, flush it to disk, then rename it."""
+    """Write bytes, or anything else as JSON, to a temporary file, flush it, then rename it."""
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1).encode()
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -495,35 +484,7 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}")
-
-
-def read_config(out):
-    """The Config of a run, as last started or resumed. ValueError in one line."""
-    try:
-        cfg = Config(**vars(load_config(out)))
-        check(cfg)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{Path(out) / 'config.json'} is not the configuration of a run: {error}")
-    return cfg
-
-
-def set_lr(stage, lr, step, warmup):
-    """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
-
-    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
-    >>> stage = Stage("ppo", "mem1", "mem1", 10, None, None, None, optimizer)
-    >>> for step in 0, 5, 8:
-    ...     set_lr(stage, 1.0, step, warmup=2)
-    ...     print(optimizer.param_groups[0]["lr"])
-    0.5
-    1.0
-    0.5
-    """
-    decay = max(0.05, (stage.steps - step) / (0.4 * stage.steps))
-    for group in stage.optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
 
 
 def print0(line):
@@ -538,46 +499,48 @@ def resume_hint(cfg):
 
 
 def provenance():
-    """What the numbers depend on besides the seed: code and machine. The commit is empty where this
-    folder is no git repository of its own, and ends in `+` if files differ from it."""
-    here = Path(__file__).resolve().parent
-    commit = ""
+    """What the numbers depend on besides the seed: the commit, with `+` where files differ from it
+    (empty if this folder is no git repository of its own), and the machine."""
+    here, commit = Path(__file__).resolve().parent, ""
     if (here / ".git").exists():
-        try:
-            commit = git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-        except OSError:  # there is no git
-            pass
+        command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
+        with contextlib.suppress(OSError):  # there is no git
+            done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+            commit = done.stdout.strip()
     return dict(commit=commit, machine=f"{platform.machine()}, {os.cpu_count()} cores",
                 python=platform.python_version(), torch=torch.__version__)
 
 
-def git(*words):
-    """What a git command prints about this folder."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parent)
-    return done.stdout.strip()
+@contextlib.contextmanager
+def locked(out):
+    """The directory of a run, where meanwhile no other run can write."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / "lock", "w") as file:
+        if ppo.process()[0] == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{out}: another process is writing this run")
+        yield Path(out)
 
 
-def prepare(cfg):
+def prepare(cfg, out):
     """The Run: its directory, and its state, new or from its checkpoint."""
-    out = Path(cfg.out)
     state = dict(EMPTY_STATE, models={})
     if cfg.resume:
         state = load_checkpoint(out)
-        for name, saved in state["models"].items():
-            if GPTConfig(**saved["config"]) != gpt_config(cfg):
-                stop(f"{out}: config.json does not fit the model {name} in checkpoint.pt")
+        check_models(cfg, state["models"], f"{out}/config.json")
     elif cfg.start:
         models = load_run(cfg.start)[1]
-        for agent in cfg.agents:
-            saved = models.get(f"{agent}-demos")
-            if not saved or GPTConfig(**saved["config"]) != gpt_config(cfg):
-                stop(f"--start {cfg.start}: no {agent}-demos with this model, dtype and vocabulary")
-            state["models"][f"{agent}-demos"] = saved
-    run = Run(cfg, out, state, time.perf_counter() - state["seconds"], peak_flops(cfg))
+        for name in [f"{agent}-demos" for agent in cfg.agents]:
+            if name not in models:
+                stop(f"--start {cfg.start}: it has no {name}")
+            state["models"][name] = models[name]
+        check_models(cfg, state["models"], f"--start {cfg.start}")
+    run = Run(cfg, out, state, time.perf_counter() - state["seconds"])
     if ppo.process()[0] == 0:
         config = dict(config=dataclasses.asdict(cfg), **provenance())
-        write_atomically(out / "config.json", as_json(config))
+        write_atomically(out / "config.json", config)
         with open(out / "metrics.jsonl", "a") as file:
             # Steps after the checkpoint will be redone.
             file.truncate(min(file.tell(), state["log_bytes"]))
@@ -587,39 +550,27 @@ def prepare(cfg):
     return run
 
 
-def lock_run(out):
-    """Make the directory of a run, and see to it that no other process writes there as long as the
-    file that is returned is open. BlockingIOError if another one does."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    file = open(Path(out) / "lock", "w")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+def check_models(cfg, models, where):
+    """Stop if stored models differ from what is to be trained."""
+    for name, saved in models.items():
+        if GPTConfig(**saved["config"]) != gpt_config(cfg):
+            stop(f"{where}: the model {name} differs in size, dtype or vocabulary")
 
 
-def peak_flops(cfg):
-    """Floating point operations per second in the product of two large matrices, measured."""
-    n = 8192 if cfg.device == "cuda" else 1024
-    a = torch.randn(n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    return 2 * n**3 / Timer("a @ a", globals=dict(a=a)).timeit(5).median
-
-
-def as_json(content):
-    """Indented JSON, as bytes."""
-    return json.dumps(content, indent=1).encode()
-
-
-def train(cfg):
+def train(cfg, out):
     """All stages from where the run stands, then the final table."""
     ENC.add(envs.extra_words(cfg))
-    run = prepare(cfg)
+    run = prepare(cfg, out)
     done = run.state["models"]
-    if not cfg.start and "primer" not in done:
-        train_primer(run)
-    for agent in cfg.agents:
-        if f"{agent}-demos" not in done:
-            train_demos(run, agent)
-        if agent not in done:
-            train_ppo(run, agent)
+    for kind, agent in plan(cfg):
+        if model_name(kind, agent) in done:
+            continue
+        stage = begin_stage(run, kind, agent)
+        if kind == "ppo":
+            reinforcement(run, stage)
+        else:
+            imitation(run, stage)
+        end_stage(run, stage)
 
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signals:
@@ -628,7 +579,7 @@ def train(cfg):
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes, **provenance())
     if ppo.process()[0] == 0:
-        write_atomically(run.out / "results.json", as_json({**results, "meta": meta}))
+        write_atomically(out / "results.json", {**results, "meta": meta})
     print0(trend(results))
     print0(f"{minutes:.0f} min; results in {cfg.out}/results.json; see what the agent does: "
            f"python eval.py {shlex.quote(cfg.out)} --show 2")
@@ -677,18 +628,17 @@ def configure(given):
     if cfg.resume:
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
-        cfg = dataclasses.replace(read_config(cfg.out), **given)
         load_checkpoint(cfg.out)
+        cfg = dataclasses.replace(read_config(cfg.out), **given)
     else:
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
                 f"--out {cfg.out} holds a run already: add --resume, or choose another")
         if cfg.start:
             load_run(cfg.start)
+
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"
-    compilers = [shutil.which(name) for name in (os.environ.get("CXX", "g++"), "gcc", "clang")]
-    require(any(compilers) or not cfg.compile, "--compile: torch needs a C++ compiler, such as g++")
     require(gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
@@ -703,6 +653,16 @@ def configure(given):
     return cfg
 
 
+def read_config(out):
+    """The Config of a run, as last started or resumed. ValueError in one line."""
+    try:
+        cfg = Config(**vars(load_config(out)))
+        check(cfg)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(out) / 'config.json'} is not the configuration of a run: {error}")
+    return cfg
+
+
 def require(condition, message):
     """Refuse what a user gave, in one line."""
     if not condition:
@@ -712,49 +672,42 @@ def require(condition, message):
 def check(cfg):
     """Checks that a flag's type cannot express. ValueError in one line."""
     for f in dataclasses.fields(Config):
-        value = getattr(cfg, f.name)
-        if f.type is tuple:
-            same = isinstance(value, (tuple, list)) and value
-            same = same and all(type(x) is type(f.default[0]) for x in value)
-        else:
-            same = type(value) is f.type
-        require(same, f"{flag(f.name)} {value}: expected {f.type.__name__}")
-        if f.type in (int, float):
-            lowest = 0 if f.name in MAY_BE_ZERO else 1e-12
-            require(lowest <= value < 1e9, f"{flag(f.name)} {value}: too small, or a billion")
+        value, kind = getattr(cfg, f.name), f.type
+        values = [value]
+        if kind is tuple:
+            require(isinstance(value, (tuple, list)) and value, f"{flag(f.name)}: expected values")
+            values, kind = value, type(f.default[0])
+        lowest = 0 if f.name in MAY_BE_ZERO.split() else 1e-12
+        highest = HIGHEST.get(f.name, 1e9)
+        for one in values:
+            where = f"{flag(f.name)} {one}: expected"
+            require(type(one) is kind, f"{where} {kind.__name__}")
+            require(one in CHOICES.get(f.name, [one]), f"{where} one of {CHOICES.get(f.name)}")
+            if kind in (int, float):
+                require(lowest <= one <= highest, f"{where} {lowest:g} to {highest:g}")
         if f.name.endswith(("_batch", "_episodes")):
             require(value >= cfg.nproc, f"{flag(f.name)} {value}: expected one per process or more")
-        if f.name in AT_MOST_ONE:
-            require(value <= 1, f"{flag(f.name)} {value}: expected at most 1")
-        for choice in value if f.type is tuple else [value]:
-            allowed = CHOICES.get(f.name, [choice])
-            require(choice in allowed, f"{flag(f.name)} {choice}: expected one of {allowed}")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
-        fits = len(value) == 2 and 1 <= value[0] <= value[1]
+        fits = len(value) == 2 and value[0] <= value[1]
         require(fits, f"--{name} {value}: expected e.g. 1 2")
-    require(cfg.clip < 1, "--clip: expected less than 1")
     require(cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most")
     require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
             f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
-    require(2 <= cfg.primer_longest <= len(envs.INDICES), "--primer-longest: expected 2 to 80")
+    require(cfg.primer_longest > 1, "--primer-longest: expected 2 or more")
     require(cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch")
-    require(cfg.names <= len(envs.ALL_NAMES), f"--names: there are {len(envs.ALL_NAMES)}")
-    most = 4 * os.cpu_count()
-    require(cfg.workers <= most, f"--workers {cfg.workers}: expected 0 to {most}")
     longest = envs.longest_horizon(cfg)
     needs = {} if cfg.env == "qa" else envs.world_module(cfg.env).NEEDS
     flags = " ".join(f"{flag(name)} {value}" for name, value in needs.items())
     require(needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
-        require(1 <= n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}")
+        require(n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}")
     room = (longest - cfg.objectives[1]) // 2
     require(cfg.around <= room, f"--around {cfg.around}: expected 0 to {room} in this world")
 
 
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
-    os.environ["MEM1_LOCKED"] = "by the launcher"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish and save
     logging.disable()  # the messages below are enough
@@ -764,28 +717,16 @@ def launch(cfg, argv):
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        sys.exit(f"train.py: a process died (exit codes {codes}); {resume_hint(cfg)}")
+        code = error.get_first_failure()[1].exitcode
+        if code > 0:
+            sys.exit(code)  # it has said why
+        sys.exit(f"train.py: a process died of signal {-code}; {resume_hint(cfg)}")
 
 
 def main(argv=None):
     """Train, in this process or in several."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
-    if os.environ.get("RANK", "0") != "0" or "MEM1_LOCKED" in os.environ:
-        return main_locked(cfg, argv)  # another process of this run has the lock
-    try:
-        lock = lock_run(cfg.out)
-    except BlockingIOError:
-        stop(f"{cfg.out}: another process is writing this run")
-    except OSError as error:
-        stop(f"{cfg.out} cannot be written: {error}")
-    with lock:
-        main_locked(cfg, argv)
-
-
-def main_locked(cfg, argv):
-    """main(), once nobody else can write the run."""
     if cfg.nproc > 1 and "RANK" not in os.environ:
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
@@ -798,7 +739,8 @@ def main_locked(cfg, argv):
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         dist.barrier()  # all have seen that --out is free before one writes there
     try:
-        train(cfg)
+        with locked(cfg.out) as out:
+            train(cfg, out)
     except FloatingPointError as error:
         stop(f"{error}; start again with a lower learning rate")
     except OSError as error:

@@ -30,9 +30,9 @@ class CountQA(ComposedQA):
         self.counts = [answer == self.name for _, answer in self.golds]
         self.take_piece(0, n_objectives)
 
-    def compose(self, indices, hops, kind, names, rng):
+    def compose(self, indices, hops, rng):
         self.start, self.name = str(rng.choice(INDICES[: -len(indices)])), str(rng.choice(NAMES))
-        questions, triples = invent(indices, hops, kind, NAMES, rng)
+        questions, triples = invent(indices, hops, rng)
         for _, _, path in questions:
             if rng.random() < 0.5:
                 subject, relation, answer = path[-1].split()

@@ -46,12 +46,12 @@ GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metr
 
 class Metronome:
     """An environment that takes any text, and answers with 24 tokens: nothing is left to chance."""
-    em, width, done = 0, 0, False
+    em, done = 0, False
 
     def __init__(self):
         self.left, self.history, self.paths = TURNS, [], {}
         self.prompt = " jelo" * 63
-        self.n_objectives = self.n_questions = WRITTEN - 16
+        self.n_objectives, self.n_questions = 1, 0
         assert turn_cap(self) == WRITTEN, "nothing but the cap may end a turn"
 
     def step(self, kind, text):

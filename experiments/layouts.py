@@ -37,7 +37,7 @@ import ppo
 import train
 from envs import Stream, keyed_rng
 from eval import load_model, load_run
-from mem1 import (ENC, INFO, IS, TAG_IDS, TASK, Turn, expert_rollout, keep_last, make_rows,
+from mem1 import (ENC, IS, TAG_IDS, TASK, Turn, expert_rollout, keep_last, make_rows,
                   merged_turns, predict, rollout)
 from model import WIDTH, GPT, GPTConfig
 

@@ -22,7 +22,6 @@ full-list --agents full-list
 full-2x   --agents full --n-embd 136
 oracle    --agents mem1 --demos oracle
 others    --agents window similar
-amnesic   --agents amnesic
 END
 }
 

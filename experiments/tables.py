@@ -18,8 +18,8 @@ import torch
 
 import envs
 from envs import Stream
-from eval import load_model, load_run, measure, memory, play
-from mem1 import POLICIES
+from eval import load_model, load_run, measure, play
+from mem1 import POLICIES, expert, memory_recall
 
 def collect(paths, device):
     """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
@@ -62,6 +62,30 @@ def collect(paths, device):
                 model = load_model(models[method], device)
                 look_closer(one, cfg, model, seed, method + variant)
     return one
+
+
+def memory(trajs, policy):
+    """What the state holds, by turn: {turn: {going, found, held, right, state}}.
+
+        going  share of the episodes that search in this turn
+        found  answers that the agent has asked for and been shown so far
+        held   share of them in its state (an agent that keeps older states need not repeat them)
+        right  share of these turns that are what the demonstrator would write
+        state  tokens in the state
+    """
+    by_turn = {}
+    for traj in trajs:
+        for t, found, held in memory_recall(traj):
+            turn = traj.turns[t]
+            right = turn.written == expert(traj.env, policy, traj.turns[:t])
+            cells = len(found), len(held), right, len(turn.state)
+            by_turn.setdefault(t + 1, []).append(cells)
+    rows = {}
+    for t, cells in sorted(by_turn.items()):
+        found, held, right, state = np.mean(cells, axis=0).tolist()
+        rows[str(t)] = dict(going=len(cells) / len(trajs), found=found, right=right, state=state,
+                            held=held / found if found else 0.0)
+    return rows
 
 
 def memory_table(rows):

@@ -2,7 +2,6 @@
 
     python -m pytest -q experiments/test_worlds.py
 """
-import collections
 import doctest
 import re
 import sys
@@ -20,7 +19,7 @@ import envs
 from experiments import layouts
 from mem1 import turn_cap
 
-NAMES = ["web", "count", "shop", "dialogue"]
+NAMES = ["web", "count", "shop"]
 CFG = {name: SimpleNamespace(env=name, hops=(1, 4)) for name in NAMES}
 
 
@@ -99,22 +98,6 @@ def test_the_web_is_shared_and_asks_for_second_tries_and_opened_pages():
     assert make("web", 4, 1).index is make("web", 4, 2).index
     episodes = "".join(turn for seed in range(20) for turn in play(make("web", 4, seed)))
     assert min(episodes.count("nothing found"), episodes.count("<query> page")) > 5
-
-
-def test_what_the_user_said_last_counts():
-    fates = collections.Counter()
-    for seed in range(20):
-        env = make("dialogue", 8, seed)
-        answer = play(env)[-1].split("<answer>")[1].split("<end>")[0].split()
-        assert dict(zip(answer[::2], answer[1::2])) == {i: gold for i, gold in env.golds if gold}
-        for index, gold in env.golds:
-            if f"user {index} " in str(env.messages):  # added or corrected, else withdrawn
-                fates[bool(gold), f" {index} :" in env.prompt] += 1
-        deaf = make("dialogue", 8, seed)  # control: it fails if it ignores the user
-        deaf.messages = {}
-        play(deaf)
-        assert (deaf.em < 8) == bool(env.messages)
-    assert len(fates) == 3 and min(fates.values()) > 5, fates
 
 
 def test_the_reward_of_the_shop_is_the_share_of_what_was_wanted():

@@ -105,7 +105,7 @@ class WebQA(ComposedQA):
         self.luck = np.random.default_rng([*np.ravel(seed), 1])
         self.tried = set()
 
-    def compose(self, indices, hops, kind, names, rng):
+    def compose(self, indices, hops, rng):
         return corpus().draw(len(indices), hops, rng), corpus().index
 
     def expert(self, seen, fresh=False):
