@@ -239,7 +239,7 @@ def exchange_pruned(traj):
 def others(ids):
     """Another word for each word; tags and the number of tokens stay.
 
-    >>> ENC.decode(others([*ENC.encode_ordinary(" #0 heir"), INFO]))
+    >>> ENC.decode(others([*ENC.encode_ordinary(" #0 heir"), mem1.INFO]))
     ' #1 rival<info>'
     """
     first, end = 256, TASK  # words are between the bytes and the tags
