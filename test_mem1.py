@@ -559,9 +559,9 @@ def test_training_asks_for_two_answers_at_most_and_trains_nothing_of_the_history
         (rows,) = make_rows([traj], 10**6)
         trained = rows.ids[rows.loss_mask][rows.index.argsort()].tolist()
         assert trained == sum((turn.written for turn in traj.turns), [])
-    assert 100 < max(budgets) <= cfg.most_turns
+    assert 100 < max(budgets) <= 2 * cfg.most_questions + 2
     if around:  # control
-        assert histories > 100 and longest >= 8 and 0.5 < np.mean(ends) < 0.8
+        assert histories > 100 and longest > 40 and 0.5 < np.mean(ends) < 0.8
     else:
         assert histories == 0 and longest == 2 and all(ends)
 

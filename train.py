@@ -77,8 +77,8 @@ class Config:
     env: str = "qa"  # qa, or a world of experiments/: web, count, shop
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    around: int = 4  # most questions before the agent's own in training, and after; 0: whole tasks
-    most_turns: int = 130  # largest turn budget in training: what 64 questions of 2 hops get
+    around: int = 4  # most questions before the agent's own in training; 0: whole tasks
+    most_questions: int = 64  # in a training prompt, and what the largest turn budget is for
     # model
     n_layer: int = 4
     n_head: int = 2  # two wide ones did better than four on long lists
@@ -253,11 +253,12 @@ def training_task(cfg, agent, stream, step, i):
 
     before + n + after questions stand in the prompt. The demonstrator has dealt with the first,
     under this agent's context policy and with its kind of notes; that is env.history. The agent is
-    scored on the next n alone. If questions come after, the turns run out.
+    scored on the next n alone. If questions come after, the turns run out. So cfg.around bounds the
+    answers to be remembered, and cfg.most_questions the prompt:
 
     >>> tasks = [training_task(Config(), "mem1", Stream.PPO, 0, i) for i in range(200)]
-    >>> {env.n_objectives for env in tasks}, {env.n_questions for env in tasks}
-    ({2}, {2, 3, 4, 5, 6, 7, 8, 9, 10})
+    >>> {env.n_objectives for env in tasks}, max(env.n_questions for env in tasks)
+    ({2}, 61)
     """
     rng = keyed_rng(cfg.seed, stream, step, i, 1)
     n = cfg.objectives[1]  # in PPO all are of one size, or returns would differ mostly by that
@@ -268,6 +269,9 @@ def training_task(cfg, agent, stream, step, i):
         before = int(rng.integers(cfg.around + 1))
     if rng.random() < 0.4:
         after = int(rng.integers(cfg.around + 1))
+    if cfg.around and rng.random() < 0.1:  # a prompt of any length
+        most = min(cfg.most_questions, envs.longest_horizon(cfg))
+        after = int(rng.integers(most - before - n + 1))
     env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
 
     # The turn budget: what the whole task gets; in some demonstrations less, to show what to do
@@ -282,7 +286,8 @@ def training_task(cfg, agent, stream, step, i):
     elif which < 0.3 and stream == Stream.DEMOS:
         env.max_turns = done + int(rng.integers(2, max(3, env.max_turns - done)))
     elif which < 0.6:
-        env.max_turns = int(rng.integers(env.max_turns, max(env.max_turns, cfg.most_turns) + 1))
+        largest = max(env.max_turns, cfg.hops[1] * cfg.most_questions + 2)
+        env.max_turns = int(rng.integers(env.max_turns, largest + 1))
 
     if before or after:
         play_history(env, POLICIES[agent], before, rng if has_random_notes(cfg, agent) else None)
@@ -301,7 +306,7 @@ def demonstration(cfg, agent, step, i):
     >>> for agent in "mem1", "full":
     ...     sum(demonstration(Config(), agent, 0, i).env.em for i in range(20))
     22
-    30
+    29
     """
     env = training_task(cfg, agent, Stream.DEMOS, step, i)
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
@@ -702,8 +707,9 @@ def check(cfg):
     require(needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
         require(n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}")
-    room = (longest - cfg.objectives[1]) // 2
-    require(cfg.around <= room, f"--around {cfg.around}: expected 0 to {room} in this world")
+    room = min(longest, cfg.most_questions) - cfg.objectives[1]
+    require(2 * cfg.around <= max(0, room),
+            f"--around {cfg.around}: expected 0 to {room // 2}; see --most-questions")
 
 
 def launch(cfg, argv):
