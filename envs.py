@@ -132,6 +132,10 @@ class Env:
         self.em = 0
         self.f1 = 0.0
 
+    def answers_shown(self, query, info):
+        """Answers {(index, answer), ...} that an <info> shows; none where no list is kept."""
+        return set()
+
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string. Returns the observation.
 
@@ -192,6 +196,22 @@ class ComposedQA(Env):
     def mark(self, text):
         """(em, f1) of an answer."""
         return score(text, self.golds)
+
+    def answers_shown(self, query, info):
+        """The answers {(index, answer), ...} that an <info> shows and that `query` asked for: by
+        subject, by relation, or by both.
+
+        >>> env = ComposedQA(n_objectives=2, seed=3)
+        >>> env.answers_shown(" pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")
+        {('#64', 'jero')}
+        """
+        asked_for = set(words(query)) - {"page"}
+        found = set()
+        for index, path in self.paths.items():
+            subject, relation, answer = path[-1].split()
+            if asked_for and asked_for <= {subject, relation} and path[-1] in info:
+                found.add((index, answer))
+        return found
 
     def take_piece(self, first, n):
         """Score n questions from number `first` on, and no others."""
@@ -344,23 +364,6 @@ def score(text, golds):
             common = sum(min(got.count(w), want.count(w)) for w in set(want))
             f1 += 2 * common / (len(got) + len(want))
     return em, f1
-
-
-def answers_shown(paths, query, info):
-    """The answers {(index, answer), ...} that an <info> shows and that `query` asked for: by
-    subject, by relation, or by both.
-
-    >>> paths = {"#64": ["jelo pupil jero"], "#65": ["milu pupil zupe"]}
-    >>> answers_shown(paths, " pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")
-    {('#64', 'jero')}
-    """
-    asked_for = set(words(query)) - {"page"}
-    found = set()
-    for index, path in paths.items():
-        subject, relation, answer = path[-1].split()
-        if asked_for and asked_for <= {subject, relation} and path[-1] in info:
-            found.add((index, answer))
-    return found
 
 
 # ----------------------------------------------------------------------------------------------

@@ -170,6 +170,18 @@ def trend(results):
             f"with 1/{b['peak'] / a['peak']:.1f} of the peak tokens (paper: 3.5, 1/3.7)")
 
 
+def show_change(models, cfg):
+    """Print an episode of mem1 before PPO and after: the first that is not solved before."""
+    played = {}
+    for name in "mem1-demos", "mem1":
+        model, n = load_model(models[name], cfg.device), cfg.objectives[1]
+        played[name] = play(model, keep_last, cfg, n, range(16), Stream.VALID)
+    unsolved = [e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1]
+    for name, trajs in played.items():
+        print(f"--- {name}")
+        show(trajs[unsolved[0] if unsolved else 0], keep_last)
+
+
 def show(traj, policy):
     """Print an episode turn by turn: `-` pruned since the last turn, `=` kept, `+` written now."""
     print(f"task   {ENC.decode(traj.prompt)}")
@@ -189,7 +201,7 @@ def show(traj, policy):
     env = traj.env
     golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
     print(f"       {env.cause}; the right answer is {golds}: em {env.em}/{env.n_objectives}, "
-          f"peak {traj.peak} tokens\n")
+          f"peak {traj.peak} tokens\n", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def memory_recall(traj):
         if kind == "query":
             entries = set(re.findall(envs.ENTRY, ENC.decode(state)))
             rows.append((t, set(found), found & entries))
-        found |= envs.answers_shown(traj.env.paths, query, ENC.decode(turn.info))
+        found |= traj.env.answers_shown(query, ENC.decode(turn.info))
     return rows
 
 

@@ -64,7 +64,7 @@ torch.set_num_threads(1)
 class AnyWorld:
     """Takes any action for `turns` turns, and answers each with random words and a forged tag. A
     history of turns like that comes before."""
-    done, paths = False, {}
+    done = False
 
     def __init__(self, turns, seed, n_objectives=1, history=0):
         self.left, self.n_objectives, self.em = turns, n_objectives, n_objectives // 2
@@ -83,6 +83,9 @@ class AnyWorld:
         self.left -= 1
         self.done = self.left == 0
         return self.words()
+
+    def answers_shown(self, query, info):
+        return set()
 
 
 def worlds(turns=(4, 1, 5, 2, 3), seed=0):
@@ -680,41 +683,6 @@ def test_one_whole_update_equals_an_independent_computation(epochs, cap):
     assert row["clip"] == 0 if epochs == 1 else cap < 27 or 0.1 < row["clip"] < 1 < row["norm"]
 
 
-class Cue(AnyWorld):
-    """Says a cue after the first turn, asks for it in the third: the second has to carry it."""
-    names = " ally", " rival"
-
-    def __init__(self, seed):
-        super().__init__(3, seed)
-        self.prompt, self.cue = "", self.rng.choice(self.names)
-
-    def step(self, kind, said):
-        super().step(kind, said)
-        self.em = int(self.done and said == self.cue)
-        return self.cue if self.left == 2 else ""
-
-
-def keep_info(turns):
-    return turns[-1].info
-
-
-@parametrize("policy, learns", [(keep_last, True), (keep_info, False)])
-def test_ppo_learns_to_carry_a_cue_in_the_state_unless_it_is_pruned(monkeypatch, policy, learns):
-    monkeypatch.setattr(mem1, "turn_cap", lambda env: 1)  # a turn is one word, a state
-    monkeypatch.setattr(mem1, "parse", lambda ids: ("query", ids, ENC.decode(ids)))
-    torch.manual_seed(3)
-    gpt = GPT(GPTConfig(ENC.n_vocab, n_layer=2, n_head=2, n_embd=32))
-    allowed = torch.full((ENC.n_vocab,), -1e9)
-    allowed[ENC.encode_ordinary("".join(Cue.names))] = 0.0
-    gpt.logits = lambda x: GPT.logits(gpt, x) + allowed
-    adam = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
-    cfg, earned = train.Config(device="cpu", ppo_batch=128, kl_coef=0.0, exercises=0), []
-    for step in range(20):
-        cues = [Cue([step, i]) for i in range(128)]
-        earned.append(ppo.update(gpt, adam, gpt, cues, policy, cfg, step)["reward"])
-    assert max(earned) > 0.9 if learns else max(earned) < 0.7
-
-
 def train_a_little(rank, world_size, folder):
     """Two steps of imitation and of PPO in one of the processes; leaves weights and log."""
     gpt = learner = talkative()
@@ -748,9 +716,9 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
 # ----------------------------------------------------------------------------------------------
 # Runs, and what is written about them
 
-TINY = ("--preset debug --device cpu --primer-steps 4 --primer-batch 8 --demos-steps 4 "
-        "--ppo-steps 4 --ppo-batch 6 --ppo-minibatches 2 --eval-every 2 --valid-episodes 2 "
-        "--eval-episodes 3 --eval-objectives 1 2 --out").split()
+TINY = ("--preset debug --env qa --around 4 --agents mem1 --device cpu --primer-steps 4 "
+        "--primer-batch 8 --demos-steps 4 --demos-batch 8 --ppo-steps 4 --ppo-batch 6 "
+        "--ppo-minibatches 2 --eval-every 2 --valid-episodes 2 --eval-episodes 3 --out").split()
 
 
 def run(*flags, main=train.main):
@@ -785,13 +753,20 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_the_debug_preset_finds_memory_by_reward(tmp_path):
+    assert run(*"--preset debug --agents mem1 --out".split(), tmp_path) == (0, [])
+    rows = [row for row in logged(tmp_path) if row["stage"] == "ppo"]
+    for name, before, after in ("memory", 0.5, 0.9), ("em", 1.4, 1.7):
+        values = [row[name] for row in rows]
+        assert np.mean(values[:3]) < before and np.mean(values[-3:]) > after
+
+
 def test_a_run_leaves_its_metrics_and_results(finished):
-    stages = "primer", "demos", "ppo", "demos", "ppo"
+    stages = "primer", "demos", "ppo"
     steps = [(row["stage"], row["step"]) for row in logged(finished)]
     assert steps == [(stage, step) for stage in stages for step in (1, 2, 3, 4)]
     table = json.loads((finished / "results.json").read_text())
-    agents = "mem1-demos", "mem1", "full-demos", "full"
-    methods = [agent + how for agent in agents for how in ("", "-sampled")]
+    methods = "mem1-demos", "mem1-demos-sampled", "mem1", "mem1-sampled"
     assert list(table) == [*methods, "meta"]
     cfg, models = evaluation.load_run(finished)
     mem1_agent = evaluation.load_model(models["mem1"])
@@ -818,8 +793,8 @@ class Killed(BaseException):
 
 
 @parametrize("how, calls", [
-    (signal.SIGINT, 9), (signal.SIGTERM, 40), (OSError, 2), (OSError, 30),
-    *((Killed, calls) for calls in range(1, 64, 1 if THOROUGH else 20))])
+    (signal.SIGINT, 9), (signal.SIGTERM, 23), (OSError, 2), (OSError, 18),
+    *((Killed, calls) for calls in range(1, 36, 1 if THOROUGH else 11))])
 def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp_path, how, calls):
     left = itertools.count()
 
@@ -843,7 +818,7 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
 
 
 def test_ppo_starts_from_an_imitated_agent_and_ends_as_in_the_whole_run(finished, tmp_path):
-    assert run(*TINY, tmp_path, "--start", finished, "--agents", "mem1") == (0, [])
+    assert run(*TINY, tmp_path, "--start", finished) == (0, [])
     same = weights(tmp_path).items() <= weights(finished).items()  # pytest would print them all
     assert same
 
@@ -918,10 +893,9 @@ def test_a_configuration_that_does_not_fit_is_refused_in_one_line(finished, tmp_
 
 
 def test_python_without_assertions_refuses_as_well(finished):
-    for flags in (["--out", finished], ["--ppo-lr", "nan"], ["--out", ""]):
-        done = subprocess.run([sys.executable, "-O", "train.py", *map(str, flags)], cwd=HERE,
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-O", "train.py", "--out", str(finished)], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_a_rank_without_a_world_size_and_a_path_with_spaces(monkeypatch):
@@ -958,7 +932,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="--nproc 2 needs two cores")
 def test_two_processes_imitate_as_one_and_a_killed_worker_ends_them_in_one_line(finished, tmp_path):
-    flags = *TINY, str(tmp_path), "--agents", "mem1", "--ppo-steps", "999", "--nproc", "2"
+    flags = *TINY, str(tmp_path), "--ppo-steps", "999", "--nproc", "2"
     launcher = subprocess.Popen([sys.executable, "train.py", *flags], cwd=HERE, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert any(line.startswith("ppo") for line in launcher.stdout), launcher.stderr.read()
@@ -1044,11 +1018,3 @@ def test_every_mutant_is_caught(where, old, new, by):
     with mutated(where, old, new), pytest.raises(AssertionError):
         for case in itertools.product(*[mark.args[1] for mark in marks]):
             test(*sum([part if isinstance(part, tuple) else (part,) for part in case], ()))
-
-
-def test_a_resumed_run_that_is_off_by_one_draw_is_caught(finished, tmp_path):
-    resumes = test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one
-    with mutated("train.Steps.__getitem__", "exercise(cfg, step,",
-                 "exercise(cfg, step + cfg.resume,"):
-        with pytest.raises(AssertionError):
-            resumes(finished, tmp_path, Killed, 5)

@@ -1,7 +1,7 @@
 """train.py: teach a small GPT to work in constant memory: reading, imitation, reinforcement.
 
     python train.py                              # laptop: two agents, then the trend of the paper
-    python train.py --preset debug               # smoke run, ten seconds
+    python train.py --preset debug               # the smallest task, within a minute
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP; --preset gpu: a larger model
     torchrun --nproc-per-node 8 train.py         # the same; also on several machines
     python train.py --out runs/cpu --resume      # continue an interrupted run
@@ -52,7 +52,8 @@ from tqdm import tqdm
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from eval import load_checkpoint, load_config, load_model, load_run, methods, table, trend, validate
+from eval import (load_checkpoint, load_config, load_model, load_run, methods, show_change, table,
+                  trend, validate)
 from mem1 import ENC, POLICIES, exercise, expert_rollout, make_rows, play_history
 from model import GPT, GPTConfig
 from ppo import share
@@ -74,7 +75,7 @@ class Config:
     play_batch: int = 64  # episodes played side by side
     agents: tuple = ("mem1", "full")  # context policies to train an agent for, one after the other
     # world
-    env: str = "qa"  # qa, or a world of experiments/: web, count, shop
+    env: str = "qa"  # qa, or a world of experiments/: web, count, shop, cue
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
     around: int = 4  # most questions before the agent's own in training; 0: whole tasks
@@ -119,10 +120,9 @@ class Config:
 PRESETS = {
     "cpu": {},
     "debug": dict(
-        out="runs/debug", nproc=1, n_layer=2, n_embd=48, primer_steps=40,
-        primer_longest=4, demos_steps=40, demos_batch=8, exercises=8, ppo_steps=4, ppo_batch=8,
-        eval_every=2, eval_objectives=(1, 2, 4), eval_episodes=8,
-        valid_episodes=4),
+        env="cue", around=0, out="runs/debug", nproc=1, n_layer=2, n_embd=48, primer_steps=40,
+        primer_longest=4, demos_steps=100, demos_batch=16, exercises=8, ppo_steps=20, ppo_batch=64,
+        eval_every=10, eval_objectives=(1, 2), eval_episodes=32, valid_episodes=16),
     "gpu": dict(
         out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
@@ -580,6 +580,8 @@ def train(cfg, out):
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signals:
         sys.exit(128 + run.signals[-1])
+    if ppo.process()[0] == 0 and {"mem1", "mem1-demos"} <= set(done):
+        show_change(done, cfg)
     results = table(done, cfg, methods(done), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes, **provenance())

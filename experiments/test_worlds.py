@@ -19,7 +19,7 @@ import envs
 from experiments import layouts
 from mem1 import turn_cap
 
-NAMES = ["web", "count", "shop"]
+NAMES = ["web", "count", "shop", "cue"]
 CFG = {name: SimpleNamespace(env=name, hops=(1, 4)) for name in NAMES}
 
 
@@ -37,7 +37,7 @@ def play(env, keep_all=False, amnesic=False, rng=None):
     while not env.done:
         seen = "".join(turns if keep_all else turns[-1:])
         if amnesic:
-            seen = re.sub(r"; [^:]*?(?=(#\d+ )?:)", "; ", seen)
+            seen = re.sub(r"; [^:]*?(?=(#\d+ )?:)|(?<=<IS> )#[^<]*", "; ", seen)
         state, kind, text = env.random_notes(seen, rng) if rng else env.expert(seen, keep_all)
         assert 3 + len(f"{state} {text}".split()) <= turn_cap(env), "more than an agent may write"
         turns.append(f"<IS> {state}<{kind}> {text}<end><info>{env.step(kind, text)}")

@@ -1,0 +1,71 @@
+"""cue.py: the smallest task in which memory pays, learned within a minute on one core.
+
+    python train.py --preset debug
+
+Every search shows one word, and all are due at the end. So each has to be noted down before the
+next one replaces it in view:
+
+    turn 1   <IS> <query> <end>                      <info> left=3 #0 heir
+    turn 2   <IS> #0 heir <query> <end>              <info> left=2 #1 ally .
+    turn 3   <IS> . <answer> #0 heir #1 ally <end>
+"""
+import numpy as np
+
+from envs import INDICES, RELATIONS, STOP, Env, entries, read_answers, score
+
+CUES = RELATIONS[:4]
+LONGEST = len(INDICES)
+NEEDS = {"around": 0}
+
+
+class CueWorld(Env):
+    """N words, shown one by one.
+
+    >>> env = CueWorld(2, seed=[1])
+    >>> env.step("query", ""), env.step("query", "")
+    (' left=3 #0 rival', ' left=2 #1 mentor .')
+    >>> env.expert("<IS> #0 rival<query><end><info> left=2 #1 mentor .")
+    ('.', 'answer', '#0 rival #1 mentor')
+    """
+
+    def __init__(self, n_objectives, seed):
+        super().__init__(n_objectives, n_objectives + 2)
+        cues = np.random.default_rng(seed).choice(CUES, n_objectives)
+        self.golds = list(zip(INDICES, map(str, cues)))
+        self.prompt = " ."
+
+    def act(self, text):
+        shown = [" ".join(pair) for pair in self.golds]
+        shown[-1] += f" {STOP}"
+        return shown[self.turn - 1] if self.turn <= len(shown) else "nothing found"
+
+    def mark(self, text):
+        return score(text, self.golds)
+
+    def answers_shown(self, query, info):
+        return set(read_answers(info).items())
+
+    def expert(self, seen, fresh=False):
+        """The demonstrator: its state lists all words so far, or just the new one."""
+        answers = read_answers(seen)
+        if "answer now" in seen or seen.endswith(STOP):
+            return STOP, "answer", entries(answers)
+        newest = [*answers.items()][-1:]
+        state = entries(dict(newest)) if fresh else entries(answers)
+        return state, "query", ""
+
+    def random_notes(self, seen, rng):
+        """The same, but what it notes down while it searches is any of the four words."""
+        state, kind, text = self.expert(seen)
+        if state and kind == "query":
+            *words, _ = state.split()
+            state = " ".join([*words, str(rng.choice(CUES))])
+        return state, kind, text
+
+
+def make_env(cfg, n_objectives, seed):
+    return CueWorld(n_objectives, seed)
+
+
+def extra_words(cfg):
+    return []
