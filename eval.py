@@ -15,8 +15,6 @@ from keys that no training and no validation episode has.
     right       share of turns that are, word for word, what the demonstrator would write, given
                 what the agent saw
     time        seconds per episode, many played side by side
-    kv_bytes    key-value memory allocated for an episode, prompt included
-    tokens      encoded in an episode, read and written, prompt included
 """
 import argparse
 import difflib
@@ -32,7 +30,7 @@ import torch
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import ENC, IS, POLICIES, expert, keep_last, merged_turns, rollout, visible_past
+from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_past
 from model import GPT, GPTConfig
 
 CHECKPOINT = "stage step models model optimizer seconds log_bytes".split()  # what is in it
@@ -103,13 +101,9 @@ def measures(traj, policy):
     turns, env = traj.turns, traj.env
     right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
     malformed = int(env.cause == "malformed")
-    tokens = len(traj.prompt)  # encoded once
-    for ids, _ in merged_turns(traj):
-        tokens += len(ids) - len(traj.prompt)
     return dict(
         em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        malformed=malformed, right=float(np.mean(right)), time=traj.seconds, kv_bytes=traj.kv_bytes,
-        tokens=tokens)
+        malformed=malformed, right=float(np.mean(right)), time=traj.seconds)
 
 
 def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
@@ -119,33 +113,30 @@ def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
 
 
 def validate(model, agent, cfg):
-    """EM and peak at 2 and 16 objectives, or the most tested: {"em@2": ..., "peak@16": ...}."""
+    """EM at 2 and 16 objectives, or the most tested: {"em@2": ..., "em@16": ...}."""
     found = {}
     for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
         r = measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, Stream.VALID)
-        found[f"em@{n}"], found[f"peak@{n}"] = r["em"], r["peak"]
+        found[f"em@{n}"] = r["em"]
     return found
 
 
 def methods(models):
     """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
-    and after PPO, greedy and sampled. And `truncate`: the weights of full-list with MEM1's
-    context."""
+    and after PPO, greedy and sampled."""
     found = {}
     for name in models:
         agent = name.removesuffix("-demos")
         if agent in POLICIES:
             found[name] = name, POLICIES[agent], False
             found[f"{name}-sampled"] = name, POLICIES[agent], True
-    if "full-list" in models:
-        found["truncate"] = "full-list", keep_last, False
     return found
 
 
 def table(models, cfg, chosen, episodes, log):
     """{method: {objectives: measures}}; log(line) of each as it is known."""
     log(f"{'method':23s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
-        f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'KB':>6s} {'time':>7s}")
+        f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'time':>7s}")
     results = {}
     for name, (source, policy, sampled) in chosen.items():
         model = load_model(models[source], cfg.device)
@@ -155,7 +146,7 @@ def table(models, cfg, chosen, episodes, log):
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
                 f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
-                f"{r['dependency']:10.0f} {r['kv_bytes'] / 1e3:6.0f} {r['time']:6.3f}s")
+                f"{r['dependency']:10.0f} {r['time']:6.3f}s")
     return results
 
 

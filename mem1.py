@@ -129,7 +129,6 @@ class Trajectory:
     prompt: list  # the task; every turn sees it
     turns: list = field(default_factory=list)
     seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
-    kv_bytes: int = 0  # key-value memory allocated for it
 
     def next_context(self, policy):
         """What the agent sees before it writes its next turn."""
@@ -382,7 +381,6 @@ def rollout_batch(model, trajs, policy, rngs):
         live = [live[b] for b in order[: cache.B]]
     for traj in trajs:
         traj.seconds = (time.perf_counter() - started) / len(trajs)
-        traj.kv_bytes = cache.bytes // len(trajs)
 
 
 def feed(model, cache, contexts):

@@ -178,7 +178,6 @@ class Cache:
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
         self.longest = 0  # no row is longer
-        self.bytes = 0  # allocated at most
 
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
@@ -223,7 +222,6 @@ class Cache:
             room = max(self.L, have + have // 128 * 16)  # by an eighth, if that is more
             self.k = F.pad(self.k[:, : self.rows], (0, 0, 0, room - have))
             self.v = F.pad(self.v[:, : self.rows], (0, 0, 0, room - have))
-            self.bytes = max(self.bytes, 2 * self.k.numel() * self.k.element_size())
         self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
         seen = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
         self.mask = seen[:, None]  # (B, 1, T, L)

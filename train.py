@@ -134,31 +134,90 @@ CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                demos=["random", "oracle"])
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
-MAY_BE_ZERO = "seed nproc workers exercises around primer_coef clip kl_coef gamma lam weight_decay"
+MAY_BE_ZERO = "seed nproc workers exercises around".split()  # of those that are integers
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), workers=4 * os.cpu_count())
 
 # ----------------------------------------------------------------------------------------------
-# The stages
+# Training
 
 
-def imitation(run, stage):
-    """Primer and demos: maximum likelihood. What is imitated differs; see Steps."""
-    for step, batch in steps_left(run.cfg, stage):
-        row = imitate(stage.learner, stage.optimizer, batch, run.cfg)
-        end_step(run, stage, step + 1, row)
+def train_stage(run, kind, agent):
+    """Train one model from where the run stands: the primer, an imitating agent, or its PPO.
+
+    The last weights are the result: choosing by validation at 16 objectives would use a horizon
+    that is not trained.
+    """
+    cfg, state = run.cfg, run.state
+    name, base = model_names(kind, agent)
+    steps, lr = getattr(cfg, f"{kind}_steps"), getattr(cfg, f"{kind}_lr")
+
+    # 1. The model and its optimizer, new or as they were within this stage.
+    torch.manual_seed(cfg.seed)
+    model = GPT(gpt_config(cfg)).to(cfg.device)
+    if base:
+        model.load_state_dict(state["models"][base]["weights"])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95),
+                                  weight_decay=cfg.weight_decay)
+    start = 0
+    if state["stage"] == name:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    learner = model
+    if dist.is_initialized():
+        learner = torch.nn.parallel.DistributedDataParallel(model)
+    if kind == "ppo":
+        reference = load_model(state["models"][base], cfg.device).requires_grad_(False)
+
+    # 2. The steps that are left.
+    began = time.perf_counter()
+    for step, data in steps_left(cfg, kind, agent, range(start, steps)):
+        set_lr(optimizer, lr, step, steps, warmup=3 if kind == "ppo" else 50)
+        if kind == "ppo":
+            row = ppo.update(learner, optimizer, reference, data, POLICIES[agent], cfg, step)
+        else:
+            row = imitate(learner, optimizer, data, cfg)
+        step += 1
+        row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
+
+        every = cfg.eval_every if kind == "ppo" else 25 * cfg.eval_every
+        is_due = step % every == 0 or step == steps
+        if is_due and agent:
+            row.update(validate(model, agent, cfg))
+        log(run, kind, agent, step, row)
+        number = torch.tensor(max(run.signals, default=0), device=cfg.device)
+        number = int(ppo.all_max(number))  # all processes stop after the same step
+        if number or is_due:
+            state.update(stage=name, step=step, model=model.state_dict(),
+                         optimizer=optimizer.state_dict())
+            save(run)
+        if number:
+            print0(f"stopped after step {step}/{steps} of {name}; {resume_hint(cfg)}")
+            sys.exit(128 + number)
+        began = time.perf_counter()
+
+    # 3. Keep a copy of the model.
+    weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+    state["models"][name] = dict(config=dataclasses.asdict(gpt_config(cfg)), weights=weights)
+    state.update(stage="", step=0, model=None, optimizer=None)
+    save(run)
 
 
-def reinforcement(run, stage):
-    """PPO. The last weights are the result: choosing by validation at 16 objectives would use a
-    horizon that is not trained."""
-    cfg = run.cfg
-    imitated = run.state["models"][f"{stage.agent}-demos"]
-    reference = load_model(imitated, cfg.device).requires_grad_(False)
-    policy = POLICIES[stage.agent]
-    for step, tasks in steps_left(cfg, stage):
-        row = ppo.update(stage.learner, stage.optimizer, reference, tasks, policy, cfg, step)
-        end_step(run, stage, step + 1, row)
+def model_names(kind, agent):
+    """What the model that comes out of a stage is called, and the one that it begins with."""
+    return {"primer": ("primer", None),
+            "demos": (f"{agent}-demos", "primer"),
+            "ppo": (agent, f"{agent}-demos")}[kind]
+
+
+def gpt_config(cfg):
+    """What the model that this run trains is made of.
+
+    >>> [gpt_config(Config(dtype=dtype)).bfloat16 for dtype in ("float32", "bfloat16")]
+    [False, True]
+    """
+    return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 
 def imitate(learner, optimizer, batch, cfg):
@@ -219,22 +278,17 @@ class Steps(Dataset):
         return make_rows(trajs, cfg.micro_batch)
 
 
-def steps_left(cfg, stage):
-    """(step, its data) of each step that is left, made ahead by cfg.workers processes, if any. Sets
-    the learning rate of the step."""
-    numbers = range(stage.start, stage.steps)
+def steps_left(cfg, kind, agent, numbers):
+    """(step, its data) for these steps, made ahead by cfg.workers processes, if any."""
     # A signal may go to the whole process group. A worker that dies of it takes this process with
     # it, before that has finished its step and saved. So workers ignore signals.
     loader = DataLoader(
-        Steps(cfg, stage.kind, stage.agent), batch_size=None, sampler=numbers,
+        Steps(cfg, kind, agent), batch_size=None, sampler=numbers,
         num_workers=cfg.workers, worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if cfg.workers else None)
     hide = True if ppo.process()[0] else None  # None: hidden where there is no terminal
-    bar = tqdm(numbers, stage.name, stage.steps, False, initial=stage.start, disable=hide)
-    for step, data in zip(bar, loader):
-        lr = getattr(cfg, f"{stage.kind}_lr")
-        set_lr(stage.optimizer, lr, step, stage.steps, warmup=3 if stage.kind == "ppo" else 50)
-        yield step, data
+    bar = tqdm(numbers, kind, numbers.stop, leave=False, initial=numbers.start, disable=hide)
+    return zip(bar, loader)
 
 
 def ignore_signals(worker):
@@ -333,20 +387,6 @@ class Run:
         self.signals.append(number)
 
 
-@dataclass
-class Stage:
-    """One of the three stages, for one agent, while it is trained."""
-    kind: str  # primer, demos or ppo
-    agent: str
-    name: str  # of the model that comes out
-    start: int  # steps that a resumed run has done before
-    steps: int
-    model: GPT
-    learner: object  # the model, wrapped for DDP
-    optimizer: object
-    step_began: float
-
-
 EMPTY_STATE = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
                    log_bytes=0)  # of metrics.jsonl
 
@@ -361,87 +401,25 @@ def plan(cfg):
     return stages
 
 
-def model_name(kind, agent):
-    """What the model that comes out of a stage is called: primer, mem1-demos, mem1."""
-    return {"primer": "primer", "demos": f"{agent}-demos", "ppo": agent}[kind]
-
-
-def begin_stage(run, kind, agent):
-    """Set up a stage, from the weights of the stage before or from a checkpoint taken within it."""
-    cfg, state = run.cfg, run.state
-    base = {"primer": None, "demos": "primer", "ppo": f"{agent}-demos"}[kind]
-    name = model_name(kind, agent)
-    torch.manual_seed(cfg.seed)
-    model = GPT(gpt_config(cfg)).to(cfg.device)
-    if base:
-        model.load_state_dict(state["models"][base]["weights"])
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95),
-                                  weight_decay=cfg.weight_decay)
-    start = 0
-    if state["stage"] == name:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    learner = model
-    if dist.is_initialized():
-        learner = torch.nn.parallel.DistributedDataParallel(model)
-    steps = getattr(cfg, f"{kind}_steps")
-    return Stage(kind, agent, name, start, steps, model, learner, optimizer, time.perf_counter())
-
-
-def end_step(run, stage, step, row):
-    """Log a step, validate and save if it is time, and stop if a signal came in."""
-    cfg = run.cfg
-    every = cfg.eval_every if stage.kind == "ppo" else 25 * cfg.eval_every
-    is_due = step % every == 0 or step == stage.steps
-    row["tok_s"] = row.pop("tokens") / (time.perf_counter() - stage.step_began)
-    if is_due and stage.agent:
-        row.update(validate(stage.model, stage.agent, cfg))
+def log(run, kind, agent, step, row):
+    """Write a step to metrics.jsonl; print it, unless it is one of many alike."""
     minutes = (time.perf_counter() - run.started) / 60
-    row = dict(stage=stage.kind, agent=stage.agent, step=step, minutes=minutes, **row)
+    row = dict(stage=kind, agent=agent, step=step, minutes=minutes, **row)
     if ppo.process()[0] == 0:
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-    if stage.kind == "ppo" or step % 50 == 0 or step == stage.steps:
-        print0(log_line(row, stage.steps, minutes_left(cfg, stage, step, minutes)))
-
-    number = torch.tensor(max(run.signals, default=0), device=cfg.device)
-    number = int(ppo.all_max(number))  # all processes stop after the same step
-    if number or is_due:
-        run.state.update(stage=stage.name, step=step, model=stage.model.state_dict(),
-                         optimizer=stage.optimizer.state_dict())
-        save(run)
-    if number:
-        print0(f"stopped after step {step}/{stage.steps} of {stage.name}; {resume_hint(cfg)}")
-        sys.exit(128 + number)
-    stage.step_began = time.perf_counter()
+    steps = getattr(run.cfg, f"{kind}_steps")
+    if kind == "ppo" or step % 50 == 0 or step == steps:
+        print0(log_line(row, steps, minutes_left(run.cfg, kind, agent, step, minutes)))
 
 
-def minutes_left(cfg, stage, step, minutes):
+def minutes_left(cfg, kind, agent, step, minutes):
     """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
     the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
     cost = dict(primer=0.5, demos=1.0, ppo=10.0)
-    work = [cost[kind] * getattr(cfg, f"{kind}_steps") for kind, _ in plan(cfg)]
-    done = sum(work[: plan(cfg).index((stage.kind, stage.agent))]) + cost[stage.kind] * step
+    work = [cost[stage] * getattr(cfg, f"{stage}_steps") for stage, _ in plan(cfg)]
+    done = sum(work[: plan(cfg).index((kind, agent))]) + cost[kind] * step
     return minutes * (sum(work) - done) / done
-
-
-def end_stage(run, stage):
-    """Keep a copy of the model that came out of a stage."""
-    weights = {key: value.cpu().clone() for key, value in stage.model.state_dict().items()}
-    config = dataclasses.asdict(gpt_config(run.cfg))
-    run.state["models"][stage.name] = dict(config=config, weights=weights)
-    run.state.update(stage="", step=0, model=None, optimizer=None)
-    save(run)
-
-
-def gpt_config(cfg):
-    """What the model that this run trains is made of.
-
-    >>> [gpt_config(Config(dtype=dtype)).bfloat16 for dtype in ("float32", "bfloat16")]
-    [False, True]
-    """
-    return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 
 def log_line(row, steps, eta):
@@ -568,14 +546,8 @@ def train(cfg, out):
     run = prepare(cfg, out)
     done = run.state["models"]
     for kind, agent in plan(cfg):
-        if model_name(kind, agent) in done:
-            continue
-        stage = begin_stage(run, kind, agent)
-        if kind == "ppo":
-            reinforcement(run, stage)
-        else:
-            imitation(run, stage)
-        end_stage(run, stage)
+        if model_names(kind, agent)[0] not in done:
+            train_stage(run, kind, agent)
 
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signals:
@@ -684,7 +656,7 @@ def check(cfg):
         if kind is tuple:
             require(isinstance(value, (tuple, list)) and value, f"{flag(f.name)}: expected values")
             values, kind = value, type(f.default[0])
-        lowest = 0 if f.name in MAY_BE_ZERO.split() else 1e-12
+        lowest = 1 if kind is int and f.name not in MAY_BE_ZERO else 0
         highest = HIGHEST.get(f.name, 1e9)
         for one in values:
             where = f"{flag(f.name)} {one}: expected"

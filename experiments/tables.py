@@ -109,8 +109,7 @@ def look_closer(one, cfg, model, seed, method):
     one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
 
 
-FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f",
-               kv_bytes=".0f")
+FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f")
 
 
 def report(one):

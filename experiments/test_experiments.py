@@ -189,9 +189,9 @@ def test_a_stage_that_is_slower_in_another_checkout_is_found(tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(bench_stages.HERE, other, ignore=shutil.ignore_patterns("runs", ".*"))
     code = (other / "train.py").read_text()
-    loop = "        row = imitate(stage"
-    assert code.count(loop) == 1, "imitation() has changed"
-    slow = '        time.sleep(3 if stage.kind == "demos" else 0)\n'
+    loop = "            row = imitate(learner"
+    assert code.count(loop) == 1, "train_stage() has changed"
+    slow = '            time.sleep(3 if kind == "demos" else 0)\n'
     (other / "train.py").write_text(code.replace(loop, slow + loop))
     bench_stages.main([str(other), "--quick", "--pairs", "1"])
     lines = capsys.readouterr().out.splitlines()
