@@ -695,6 +695,7 @@ def launch(cfg, argv):
         torch.distributed.run.main(
             ["--standalone", f"--nproc-per-node={cfg.nproc}", "--", __file__, *argv])
     except SignalException as error:
+        on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
