@@ -18,14 +18,17 @@ The one idea: every token is trained in the context in which it was sampled. A T
 agent saw and what it wrote; the learner reads the two as one row under a plain causal mask, and the
 loss is on what was written. Nothing is approximated.
 
-From the environment (envs.py) this file needs little: its prompt as text; step(kind, text), which
-takes a query or an answer and returns text; done; history, the turns played before the agent's own.
+An environment (envs.py) has a prompt; step(kind, text), which takes a query or an answer, returns
+text, and ends the episode with no reward on anything else; done; em, how many of its n_objectives
+were answered. A task may be a piece of a longer one: its prompt has n_questions, the agent answers
+n_objectives of them, and history holds the turns played before the agent's first. The demonstrator
+to imitate is the environment's own: expert() and random_notes().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
    There, a kept token's keys are computed while it still sees what has since been pruned, so
    from the third turn on the learner's policy is not the one that acted. Our rows are exact;
-2) one <end> closes a turn, and a segment ends where the next tag begins;
+2) there are no closing tags: a segment runs to the next tag, and <end> closes the turn;
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
 """
 import re
@@ -41,7 +44,7 @@ from envs import Stream, keyed_rng
 from model import Cache
 
 # ----------------------------------------------------------------------------------------------
-# Tokens. Tags are special tokens; every word of envs.WORDS is one; other text is bytes.
+# Tokens. Tags are special tokens; every word of envs.WORDS is one token; the rest is bytes.
 
 TAGS = ["<task>", "<IS>", "<query>", "<answer>", "<info>", "<end>"]
 
@@ -120,6 +123,11 @@ class Turn:
     def state(self):
         """The internal state alone, without its <IS>."""
         return parse(self.written)[1]
+
+
+def prompt_ids(env):
+    """What every turn sees: the task after its tag."""
+    return [TASK, *ENC.encode_ordinary(env.prompt)]
 
 
 @dataclass
@@ -206,9 +214,9 @@ def keep_all(turns):
 
 
 def keep_all_relist(turns):
-    """Full context, too. With keep_all the demonstrator's state holds only the new answer, as the
-    others stay in view; here it repeats the whole list, as with keep_last. This tells apart what
-    MEM1 owes to rewriting its state, and what to pruning the rest."""
+    """The same context, but the demonstrator repeats the whole list in every state, as it does for
+    keep_last; for keep_all it writes only what is new. This tells apart what MEM1 owes to rewriting
+    its state and what to pruning the rest."""
     return keep_all(turns)
 
 
@@ -237,18 +245,11 @@ POLICIES = {"mem1": keep_last, "full": keep_all, "full-list": keep_all_relist,
 def visible_past(env, policy, turns):
     """What the next turn sees of the past, as ids."""
     turns = env.history + turns
-    if not turns:
-        return []
-    return policy(turns)
+    return policy(turns) if turns else []
 
 
 # ----------------------------------------------------------------------------------------------
 # What to imitate
-
-
-def prompt_ids(env):
-    """What every turn sees: the task after its tag."""
-    return [TASK, *ENC.encode_ordinary(env.prompt)]
 
 
 def expert(env, policy, turns, rng=None):
@@ -279,8 +280,8 @@ def expert_rollout(env, policy, rng=None):
 
 
 def play_history(env, policy, first, rng=None):
-    """Let the demonstrator deal with the questions before number `first` (from 0), under this
-    context policy. rng: as in expert(). What it does stands in env.history: turns as any others.
+    """Let the demonstrator answer the questions before number `first` (from 0), under this context
+    policy. rng: as in expert(). Its turns are stored in env.history.
 
     The turn that takes up question `first` is the agent's: it sees what it would see at this point
     if it had to answer all questions.
@@ -291,13 +292,13 @@ def play_history(env, policy, first, rng=None):
         written = expert(env, policy, traj.turns, rng)
         kind, state, _ = parse(written)
         if kind == "answer" or envs.read_questions(ENC.decode(state))[-1][0] == index:
-            break
+            break  # the demonstrator has reached question `first`
         traj.add_turn(traj.next_context(policy), written)
     env.history = traj.turns
 
 
 def exercise(cfg, step, i, longest):
-    """One reading exercise, as a trajectory: each part that is trained is the end of a turn."""
+    """One reading exercise, as a trajectory: its trained parts are what the turns wrote."""
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
     text, parts = envs.primer(rng, longest, envs.extra_words(cfg))
     seen = ENC.encode_ordinary(text)
@@ -323,10 +324,9 @@ def turn_cap(env):
 def rollout(model, environments, policy, rngs=None, batch=64):
     """Play all `environments`, each to its end. Returns their trajectories, in order.
 
-    batch: how many are played side by side, which bounds the memory of an agent that keeps all.
-
-    rngs: one numpy Generator per episode, so that an episode is the same whatever runs beside it.
-    None: greedy, always the likeliest token.
+    batch  how many are played side by side, which bounds the size of the key-value cache
+    rngs   one numpy Generator per episode, so that an episode is the same whatever runs beside it;
+           None: greedy, always the likeliest token
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
     order = sorted(range(len(trajs)), key=lambda e: len(trajs[e].prompt))  # little padding
@@ -345,8 +345,8 @@ def rollout_batch(model, trajs, policy, rngs):
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()
-    rows = [traj.prompt for traj in trajs]  # what each saw and wrote last; rows[e][:cached[e]] is
-    cached = [len(traj.prompt) for traj in trajs]  # in the cache
+    fed = [traj.prompt for traj in trajs]  # what each saw and wrote in its last turn
+    cached = [len(traj.prompt) for traj in trajs]  # how many of those are in the cache
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something is pruned, all but the prompt is
@@ -354,7 +354,7 @@ def rollout_batch(model, trajs, policy, rngs):
         contexts = [trajs[e].next_context(policy) for e in live]
         pruned, pending = [], []
         for e, context in zip(live, contexts):
-            pruned.append(context[: len(rows[e])] != rows[e])
+            pruned.append(context[: len(fed[e])] != fed[e])
             start = len(trajs[e].prompt) if pruned[-1] else cached[e]
             pending.append(context[start:])
         cache.rollback(torch.tensor(pruned, device=weight.device))
@@ -373,14 +373,15 @@ def rollout_batch(model, trajs, policy, rngs):
         # 3. The environments respond; finished episodes leave the batch.
         for e, context, (ids, logp, value) in zip(live, contexts, turns):
             trajs[e].add_turn(context, ids, logp, value)
-            rows[e] = context + ids
-            cached[e] = len(rows[e]) - 1  # the last token has not been fed back
+            fed[e] = context + ids
+            cached[e] = len(fed[e]) - 1  # the last token has not been fed back
         live = [live[b] for b in order]
         going = torch.tensor([not trajs[e].env.done for e in live], device=weight.device)
         order = cache.compact(going).tolist()  # cache.B is now the number of those still going
         live = [live[b] for b in order[: cache.B]]
+    seconds = (time.perf_counter() - started) / len(trajs)
     for traj in trajs:
-        traj.seconds = (time.perf_counter() - started) / len(trajs)
+        traj.seconds = seconds
 
 
 def feed(model, cache, contexts):
@@ -408,7 +409,7 @@ def write(model, cache, hidden, caps, uniform):
     value = torch.zeros_like(logp)  # (B, max cap)
     length = torch.zeros_like(cap)  # (B,) tokens written
     order = torch.arange(B, device=device)  # (B,)
-    writing = torch.ones_like(order, dtype=torch.bool)  # (cache.B,), like all below
+    writing = torch.ones_like(order, dtype=torch.bool)  # (cache.B,)
     for t in range(max(caps)):
         row = order[: cache.B]
         drawn = None if uniform is None else uniform[row, t]
@@ -419,13 +420,13 @@ def write(model, cache, hidden, caps, uniform):
         n_writing = int(writing.sum())  # the one device sync per token
         if n_writing == 0:
             break
-        if n_writing <= 0.75 * cache.B:  # without this, evaluation took up to 1.8 times as long
+        if n_writing <= 0.75 * cache.B:  # drop finished rows: up to 1.8 times as fast
             moved = cache.compact(writing)
             order[: len(moved)] = row[moved]
             writing = torch.ones(n_writing, device=device, dtype=torch.bool)
         # Finished rows that are still in the batch become padding: their tokens take no slot.
         cache.reserve(1, writing.long())
-        hidden = model.forward(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)
+        hidden = model(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)
     cache.B = B
     columns = zip(ids.tolist(), logp.tolist(), value.tolist(), length.tolist())
     return [(i[:n], lp[:n], v[:n]) for i, lp, v, n in columns], order.tolist()
@@ -455,9 +456,9 @@ def sample(logits, uniform=None):
 class Rows:
     """Some rows of token ids, right-padded, to be read under a causal mask.
 
-    By definition every turn is a row, its context and then what was written. Where the context of a
-    turn begins with the whole row before it, nothing was pruned, and one row serves both turns. `T`
-    task, `S` <IS>, `Q` query, `I` info; 1 where the token is trained:
+    There is one row a turn, its context and then what was written, except that a turn whose context
+    begins with the whole row before it shares that row: nothing was pruned. Below, T is the task, S
+    <IS>, Q a query, I an info, and 1 stands where the token is trained:
 
     >>> for policy in keep_last, keep_all:
     ...     print(picture(sketch(policy, turns=3)))
@@ -481,7 +482,7 @@ class Rows:
 
 def merged_turns(traj):
     """The rows of an episode, [(ids, loss_mask), ...], one per turn but for those that continue the
-    row before. For keep_all all turns become one row, or their cost would be quadratic."""
+    row before. For keep_all all turns become one row; otherwise their cost would be quadratic."""
     rows = []
     for turn in traj.turns:
         if not rows or turn.context[: len(rows[-1][0])] != rows[-1][0]:
@@ -494,7 +495,8 @@ def merged_turns(traj):
 
 
 def make_rows(trajs, budget=8192, which=None):
-    """Trajectories as a list of Rows of at most `budget` tokens (or one row), padding included.
+    """Trajectories as a list of Rows of at most `budget` tokens, padding included; a longer row
+    goes alone.
 
     which: only these trajectories; `index` still counts the trained tokens of all. Every trained
     token is in exactly one of the Rows. With nothing to train there is one row without loss, so
@@ -523,10 +525,10 @@ def pad(batch):
     ids = np.zeros((B, T), dtype=np.int64)
     loss_mask = np.zeros((B, T), dtype=bool)
     index = []
-    for b, (its_ids, its_mask, start) in enumerate(batch):
-        ids[b, : len(its_ids)] = its_ids
-        loss_mask[b, : len(its_ids)] = its_mask
-        index.append(start + np.arange(sum(its_mask)))
+    for b, (row_ids, row_mask, start) in enumerate(batch):
+        ids[b, : len(row_ids)] = row_ids
+        loss_mask[b, : len(row_ids)] = row_mask
+        index.append(start + np.arange(sum(row_mask)))
     return Rows(*map(torch.from_numpy, (ids, loss_mask, np.concatenate(index))))
 
 
@@ -539,7 +541,7 @@ def predict(model, rows):
     """
     raw = getattr(model, "module", model)  # without its DDP wrapper
     x = model(rows.ids)  # (B, T, C)
-    trained = rows.loss_mask[:, 1:]  # (B, T-1): the row at t predicts ids[t+1]
+    trained = rows.loss_mask[:, 1:]  # (B, T-1): position t predicts ids[t+1]
     x, target = x[:, :-1][trained], rows.ids[:, 1:][trained]  # (m, C), (m,)
     logps = raw.logits(x).log_softmax(-1)  # (m, V)
     logp = logps.gather(-1, target[:, None]).squeeze(-1)  # (m,)

@@ -6,7 +6,8 @@ Everything about them is kept flat, one episode after another, in the order in w
 sampled: after a sampled token comes the next sampled one, even if that is a turn later, so credit
 flows through the whole episode, across all that was read in between (MEM1 sec. 3.3, app. A.5).
 
-    M trained tokens;  logp, old_logp, ref_logp, value, adv, ret, last: all (M,)
+    M trained tokens, m of them in the rows at hand, J turns
+    old_logp, old_value, ref_logp, adv, ret: (M,);  logp, value, entropy of the learner: (m,)
 
 Losses are sums over trained tokens, divided by their count over all processes and micro-batches of
 the optimizer step, so the gradient does not depend on how the batch is split.
@@ -15,7 +16,7 @@ Differs from the paper's released code:
 1) GAE and whitening skip what was only read; there, retrieved text is counted in;
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
    there, they are recomputed under the stitched layout;
-3) the KL to the reference (0.01 a nat; there 0.001) is not clamped at 0, which would bias it;
+3) the KL to the reference (coefficient 0.01; there 0.001) is not clamped at 0, which would bias it;
 4) the critic is a head on the actor's network whose gradient stops at that head, and its loss is
    not clipped; there, it is a second network with 10 times the learning rate and a clipped loss;
 5) the reward is the share of right answers, 0..1; there, their number, 0..N;
@@ -55,9 +56,9 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             ref_logp[rows.index] = predict(reference, rows)[0]
     reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
     turn_ends = segment_ends([len(turn.written) for turn in turns], device)  # (M,)
-    last = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
+    episode_ends = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
     rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
-    adv, ret = gae(rewards, old_value, last, cfg.gamma, cfg.lam)  # each (M,)
+    adv, ret = gae(rewards, old_value, episode_ends, cfg.gamma, cfg.lam)  # each (M,)
     adv = whiten(adv)  # (M,)
 
     # 3. Learn.
@@ -70,7 +71,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             if cfg.exercises:  # a little of the primer, or reading skills erode
                 reading = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
             n_played, n_reading = token_count(played, device), token_count(reading, device)
-            final = [*played, *reading][-1]
+            final = (reading or played)[-1]
             optimizer.zero_grad()
 
             for rows in played:
@@ -108,8 +109,7 @@ def nll(model, rows):
 
 
 def no_sync(model, unless=False):
-    """Where gradients are added up in each process on its own: in all micro-batches of a step but
-    the last, in whose backward pass DDP averages them over processes."""
+    """Accumulate gradients locally; DDP averages them in the last micro-batch of a step."""
     if unless or not dist.is_initialized():
         return contextlib.nullcontext()
     return model.no_sync()
@@ -121,8 +121,8 @@ def backward(loss):
 
 
 def clip_and_step(model, optimizer, grad_clip):
-    """End an optimizer step. Returns the norm of the gradient. One that is not finite is so in all
-    processes, and raises FloatingPointError before any weight changes."""
+    """End an optimizer step. Returns the norm of the gradient. If it is not finite, raises
+    FloatingPointError in all processes, before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
         raise FloatingPointError("the loss or its gradient is not finite")
@@ -164,8 +164,8 @@ def minibatches(cfg, step, epoch):
 
 
 def exercises(cfg, step, epoch, k):
-    """This process's reading exercises beside minibatch k. Their keys go on after those of earlier
-    stages, so that none is met twice."""
+    """This process's reading exercises beside minibatch k. Their keys continue from the earlier
+    stages, so that none repeats."""
     key = cfg.primer_steps + cfg.demos_steps
     key += (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
     return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
@@ -174,11 +174,12 @@ def exercises(cfg, step, epoch, k):
 def mean_over_episodes(trajs):
     """What to log of the episodes of all processes: {name: mean}."""
     rows = []
-    for t in trajs:
-        memory = memory_recall(t)
+    for traj in trajs:
+        memory = memory_recall(traj)
         rows.append(dict(
-            reward=t.reward, em=t.env.em, of=t.env.n_objectives, peak=t.peak, turns=len(t.turns),
-            unpruned=len(visible_past(t.env, keep_all, t.turns)),  # what a full context would hold
+            reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
+            turns=len(traj.turns),
+            unpruned=len(visible_past(traj.env, keep_all, traj.turns)),  # in a full context
             found=sum(len(found) for _, found, _ in memory),
             held=sum(len(held) for _, _, held in memory)))
     row = mean_of(rows)
@@ -197,8 +198,8 @@ def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
     The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the
-    reward its gradient is that of the KL (Schulman 2020, joschu.net/blog/kl-approx.html). reward
-    (J,) has one entry per turn; turn_ends (M,) is True at the last token of each turn.
+    reward it gives an unbiased gradient of the KL. reward (J,) has one entry per turn; turn_ends
+    (M,) is True at the last token of each turn.
 
     >>> ends, half = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
     >>> token_rewards(torch.tensor([1.0]), ends, half, torch.tensor([-1.0, -0.5]), kl_coef=0.1)
@@ -209,22 +210,23 @@ def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
     return rewards
 
 
-def gae(rewards, value, last, gamma=1.0, lam=1.0):
+def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16): adv, ret (M,).
 
     delta_t = r_t + gamma V_{t+1} - V_t
     adv_t = delta_t + gamma lam adv_{t+1},   ret_t = adv_t + V_t
 
     After the last token of an episode V is 0, whether it answered or ran out of turns: the turn
-    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t = R - V_t.
+    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is what is still to be
+    earned, less V_t.
 
-    >>> half, last = torch.full((3,), 0.5), torch.tensor([False, False, True])
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, last)[0].tolist()
+    >>> half, ends = torch.full((3,), 0.5), torch.tensor([False, False, True])
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, ends)[0].tolist()
     [0.5, 0.5, 0.5]
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, last, lam=0.0)[0].tolist()
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, ends, lam=0.0)[0].tolist()
     [0.0, 0.0, 0.5]
     """
-    r, v, end = rewards.tolist(), value.tolist(), last.tolist()
+    r, v, end = rewards.tolist(), value.tolist(), episode_ends.tolist()
     adv = [0.0] * len(r)
     next_adv = next_value = 0.0
     for t in reversed(range(len(r))):
@@ -293,7 +295,7 @@ def process():
 
 
 def share(n):
-    """Which of n episodes this process plays."""
+    """This process's part of range(n)."""
     rank, world_size = process()
     return range(rank, n, world_size)
 
