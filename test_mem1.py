@@ -974,7 +974,7 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
     ("model.Cache.rollback", "self.prompt_tail[:,", "self.tail[:,", "sampler"),
     ("model.Cache.go_on", "+ tail[:, -1:, width:]", "", "sampler"),
     ("mem1.predict", "x[:, :-1]", "x[:, 1:]", "sampler"),
-    ("mem1.rollout_batch", "len(rows[e]) - 1", "len(rows[e])", "sampler"),
+    ("mem1.rollout_batch", "len(fed[e]) - 1", "len(fed[e])", "sampler"),
     ("mem1.merged_turns", "[False]", "[True]", "rows_show"),  # read tokens are trained
     ("mem1.merged_turns", "not rows or turn.context[: len(rows[-1][0])] !=",
      "not rows or len(turn.context) < 0 and", "rows_show"),  # pruned turns share a row
