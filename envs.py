@@ -17,33 +17,23 @@ chain of relations: `#65 :: milu pupil neighbour` asks for the neighbour of the 
 facts are drawn anew for every episode, so nothing can be memorised in the weights: the agent has to
 search for each hop, and has to carry each answer to the end, where all of them are due at once.
 
-Differs from the paper's environment (sec. 4.1):
-1) a private random knowledge base of `subject relation object` facts instead of Wikipedia, and BM25
-   over it instead of a dense retriever;
-2) questions carry an index, and the answer lists `#index answer` pairs instead of `a; b; ...`;
-3) the turn budget follows from the task (most hops x N + 2) instead of 6 or 20.
+Differs from the paper's (sec. 4.1): a private random knowledge base under BM25 instead of Wikipedia
+under a dense retriever; answers by index, not by place; a turn budget that follows from the task.
 """
-import functools
-import importlib.util
+import importlib
 import itertools
 import math
 import re
+from collections import Counter, defaultdict
 from enum import IntEnum
-from pathlib import Path
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------
-# Randomness
+# --- Randomness
 
 
-class Stream(IntEnum):
-    """What a random generator is for. Training, validation and test episodes never share a key."""
-    PRIMER = 0
-    DEMOS = 1
-    PPO = 2
-    VALID = 3
-    TEST = 4
+# What a generator is for. Training, validation and test episodes never share a key.
+Stream = IntEnum("Stream", "PRIMER DEMOS PPO VALID TEST", start=0)
 
 
 def keyed_rng(seed, stream, step, episode, what=0):
@@ -56,13 +46,12 @@ def keyed_rng(seed, stream, step, episode, what=0):
     return np.random.default_rng([seed, stream, step, episode, what])
 
 
-# ----------------------------------------------------------------------------------------------
-# Words. Those of WORDS are one token each for the agent (mem1.py). Names are invented.
+# --- Words. Those of WORDS are one token each for the agent (mem1.py). Names are invented.
 
 RELATIONS = """heir rival mentor ally spouse pupil guard cousin deputy doctor tenant
                neighbour""".split()
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
-_PAIRS = [a + b for a, b in itertools.product(_SYLLABLES, _SYLLABLES) if a != b]
+_PAIRS = [a + b for a, b in itertools.permutations(_SYLLABLES, 2)]
 NAMES = [str(name) for name in np.random.default_rng(2506).permutation(_PAIRS)[:200]]
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
@@ -99,8 +88,7 @@ def asked(subject, relations):
     return [":" * len(relations), subject, *relations]
 
 
-# ----------------------------------------------------------------------------------------------
-# Environments
+# --- Environments
 
 
 class Env:
@@ -112,6 +100,9 @@ class Env:
     paths          {index: facts that lead to the answer}, if any
     n_questions    in the prompt; the agent's n_objectives are a piece of them: see take_piece()
     turns_per_hop  how many are enough
+    longest        most objectives
+    needs          the flags {name: value} that train.py must be given
+    extra_words    that are to be tokens, besides WORDS
     history        turns played before the agent's first one, as mem1.Turn
 
     After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
@@ -119,6 +110,9 @@ class Env:
     """
 
     turns_per_hop = 1
+    longest = len(INDICES)
+    needs = {}
+    extra_words = ()
 
     def __init__(self, n_objectives, max_turns):
         self.n_objectives = n_objectives
@@ -253,8 +247,7 @@ def invent(indices, hops, rng):
     return questions, [triples[i] for i in rng.permutation(len(triples))]
 
 
-# ----------------------------------------------------------------------------------------------
-# The search tool, and where worlds are found
+# --- The search tool, and where worlds are found
 
 
 class SearchIndex:
@@ -266,26 +259,23 @@ class SearchIndex:
     def __init__(self, pages):
         self.texts = [text for _, text in pages]
         pages = [words(f"{title} {text}") for title, text in pages]
-        df = {}
-        for page in pages:
-            for word in set(page):
-                df[word] = df.get(word, 0) + 1
-        self.postings = {}  # word -> {page: weight}
+        df = Counter(word for page in pages for word in set(page))
+        self.postings = defaultdict(dict)  # word -> {page: weight}
         for i, page in enumerate(pages):
             for word in set(page):
                 idf = math.log(1 + (len(pages) - df[word] + 0.5) / (df[word] + 0.5))
                 tf = page.count(word)
-                self.postings.setdefault(word, {})[i] = idf * tf * 2.2 / (tf + 1.2)
+                self.postings[word][i] = idf * tf * 2.2 / (tf + 1.2)
 
     def search(self, query, top_k):
         """The texts that match `query` best, in the (random) order of the pages.
 
         Not in order of rank: the agent has to read the results, and cannot just take the first.
         """
-        scores = {}
+        scores = Counter()
         for word in words(query)[:64]:  # only the beginning of an over-long query counts
             for page, weight in self.postings.get(word, {}).items():
-                scores[page] = scores.get(page, 0.0) + weight
+                scores[page] += weight
 
         def rank(page):
             # Of pages of equal score, the exact fact comes first: facts that share its words could
@@ -297,44 +287,27 @@ class SearchIndex:
         return [self.texts[page] for page in sorted(best)]
 
 
-@functools.cache
-def world_module(name):
-    """Another world: experiments/NAME.py with make_env(), extra_words(), LONGEST objectives, and
-    NEEDS, the flags {name: value} that it has to be trained with. ValueError if there is none."""
-    path = Path(__file__).resolve().parent / "experiments" / f"{name}.py"
-    if not re.fullmatch(r"\w+", name) or not path.is_file():
+def world(name):
+    """The Env of this name: ComposedQA, or `World` of experiments/NAME.py. ValueError if none."""
+    if name == "qa":
+        return ComposedQA
+    try:
+        return importlib.import_module(f"experiments.{name}").World
+    except (ModuleNotFoundError, AttributeError):
         raise ValueError(f"--env {name}: no such world in experiments/")
-    spec = importlib.util.spec_from_file_location(f"world_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "NEEDS"):
-        raise ValueError(f"--env {name}: experiments/{name}.py is no world")
-    return module
 
 
 def make_env(cfg, n_objectives, seed):
     """The environment of one episode in the world of a configuration."""
-    if cfg.env == "qa":
-        return ComposedQA(n_objectives, cfg.hops, seed)
-    return world_module(cfg.env).make_env(cfg, n_objectives, seed)
-
-
-def extra_words(cfg):
-    """The words of a world besides WORDS that are to be tokens."""
-    if cfg.env == "qa":
-        return []
-    return world_module(cfg.env).extra_words(cfg)
+    return world(cfg.env)(n_objectives, cfg.hops, seed)
 
 
 def longest_horizon(cfg):
     """The most objectives for which a world has enough indices and names."""
-    if cfg.env == "qa":
-        return min(len(INDICES), len(NAMES) // cfg.hops[1])
-    return world_module(cfg.env).LONGEST
+    return min(world(cfg.env).longest, len(NAMES) // cfg.hops[1])
 
 
-# ----------------------------------------------------------------------------------------------
-# The score
+# --- The score
 
 
 def score(text, golds):
@@ -346,14 +319,10 @@ def score(text, golds):
     >>> score("#7 dabo #8 kilu mose", [("#7", "dabo"), ("#8", "kilu"), ("#9", "tifa")])
     (1, 1.6666666666666665)
     """
-    given, entry = {}, []
-    for word in words(text):
-        if not word.startswith("#"):
-            entry.append(word)
-        elif word in given:
-            entry = []  # a repeated index: what follows is ignored
-        else:
-            entry = given[word] = []
+    given = {}
+    for section in " ".join(words(text)).split("#")[1:]:
+        index, *entry = section.split()
+        given.setdefault(f"#{index}", entry)
     em, f1 = 0, 0.0
     for index, gold in golds:
         got, want = given.get(index, []), words(gold)
@@ -366,8 +335,7 @@ def score(text, golds):
     return em, f1
 
 
-# ----------------------------------------------------------------------------------------------
-# The demonstrator
+# --- The demonstrator
 
 
 def oracle_notes(prompt, seen="", fresh=False):
@@ -482,8 +450,7 @@ def entries(answers):
     return " ".join(f"{index} {answer}" for index, answer in answers.items())
 
 
-# ----------------------------------------------------------------------------------------------
-# Reading exercises
+# --- Reading exercises
 
 
 def primer(rng, longest, more=()):

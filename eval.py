@@ -18,7 +18,6 @@ from keys that no training and no validation episode has.
 """
 import argparse
 import difflib
-import json
 import signal
 import zipfile
 from pathlib import Path
@@ -33,46 +32,35 @@ from envs import Stream, keyed_rng
 from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_past
 from model import GPT, GPTConfig
 
-CHECKPOINT = "stage step models model optimizer seconds log_bytes".split()  # what is in it
+# What is in a checkpoint.
+CHECKPOINT = "config commit stage step models model optimizer seconds log_bytes".split()
 
-# ----------------------------------------------------------------------------------------------
-# Loading a run
+# --- Loading a run
 
 
 def load_checkpoint(out):
     """The state in a run's checkpoint. ValueError in one line if there is none that is whole."""
     path = Path(out) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected the directory of a run, like runs/cpu")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
             if file.testzip() is not None:
                 raise ValueError("its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or set(state) != set(CHECKPOINT):
+        if set(state) != set(CHECKPOINT):
             raise ValueError("it has other contents")
     except Exception as error:  # what is in a foreign file may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint of ours: {reason}")
+        raise ValueError(f"{path} is no whole checkpoint of ours: {reason}")
     return state
 
 
-def load_config(out):
-    """The settings of a run, as last started or resumed. ValueError in one line."""
-    path = Path(out) / "config.json"
-    try:
-        return SimpleNamespace(**json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run of ours: {error}")
-
-
 def load_run(out):
-    """(settings, models) from a run's directory. Errors are one-line ValueErrors."""
-    models = load_checkpoint(out)["models"]
-    cfg = load_config(out)
+    """(settings, models) of a run. ValueError in one line."""
+    state = load_checkpoint(out)
+    cfg = SimpleNamespace(**state["config"])
     cfg.device = "cpu"
-    ENC.add(envs.extra_words(cfg))
-    return cfg, models
+    ENC.add(envs.world(cfg.env).extra_words)
+    return cfg, state["models"]
 
 
 def load_model(saved, device="cpu"):
@@ -82,8 +70,7 @@ def load_model(saved, device="cpu"):
     return model
 
 
-# ----------------------------------------------------------------------------------------------
-# Many episodes
+# --- Many episodes
 
 
 def play(model, policy, cfg, n_objectives, which, split, sampled=False):
@@ -122,31 +109,30 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """{method: (name of its weights, policy, sampled)} of a run: each agent that it trained, before
-    and after PPO, greedy and sampled."""
-    found = {}
-    for name in models:
-        agent = name.removesuffix("-demos")
-        if agent in POLICIES:
-            found[name] = name, POLICIES[agent], False
-            found[f"{name}-sampled"] = name, POLICIES[agent], True
-    return found
+    """What to test of a run: its agents, before and after PPO, greedy and sampled."""
+    names = [name for name in models if name != "primer"]
+    return [name + how for name in names for how in ("", "-sampled")]
+
+
+def load_method(models, name, device):
+    """(model, policy, is it sampled?) of a method."""
+    source = name.removesuffix("-sampled")
+    policy = POLICIES[source.removesuffix("-demos")]
+    return load_model(models[source], device), policy, source != name
 
 
 def table(models, cfg, chosen, episodes, log):
     """{method: {objectives: measures}}; log(line) of each as it is known."""
-    log(f"{'method':23s} {'N':>3s} {'em':>6s} {'of N':>5s} {'f1':>6s} {'peak':>7s} {'turns':>6s} "
-        f"{'malformed':>9s} {'right':>6s} {'dependency':>10s} {'time':>7s}")
+    measured = "em f1 peak dependency turns malformed right time".split()
+    log(f"{'method':23s} {'N':>3s}" + "".join(f"{key:>11s}" for key in measured))
     results = {}
-    for name, (source, policy, sampled) in chosen.items():
-        model = load_model(models[source], cfg.device)
+    for name in chosen:
+        model, policy, sampled = load_method(models, name, cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
             r = measure(model, policy, cfg, n, episodes, Stream.TEST, sampled)
             results[name][str(n)] = r
-            log(f"{name:23s} {n:3d} {r['em']:6.2f} {r['em'] / n:5.0%} {r['f1']:6.2f} "
-                f"{r['peak']:7.1f} {r['turns']:6.1f} {r['malformed']:9.1%} {r['right']:6.1%} "
-                f"{r['dependency']:10.0f} {r['time']:6.3f}s")
+            log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
     return results
 
 
@@ -195,72 +181,61 @@ def show(traj, policy):
           f"peak {traj.peak} tokens\n", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# --- The command line
 
 
-def parse_arguments(argv):
-    """The flags, and a function that refuses them in one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Takes whole flags only, and refuses bad ones in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (python {self.prog} --help)\n")
+
+
+def main(argv=None):
+    """Evaluate one run."""
+    parser = Parser(__doc__)
     parser.add_argument("run", help="directory of a run, such as runs/cpu")
     parser.add_argument("--agents", nargs="+", help="such as mem1 full-demos; default: all")
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
     parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
-
-    def refuse(message):
-        parser.exit(2, f"eval.py: {message} (python eval.py --help)\n")
-
-    parser.error = refuse
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", default=devices[0], choices=devices)
     args = parser.parse_args(argv)
-    for number in args.episodes, args.show:
-        if number is not None and number < 1:
-            refuse("--episodes, --show: expected at least 1")
-    if args.device == "cuda" and not gpu:
-        refuse("--device cuda: torch finds no GPU here")
-    return args, refuse
-
-
-def main(argv=None):
-    """Evaluate one run."""
-    args, refuse = parse_arguments(argv)
     torch.set_num_threads(1)
     try:
         evaluate_run(args)
     except (ValueError, OSError) as error:
-        refuse(str(error))
+        parser.error(str(error))
 
 
 def evaluate_run(args):
-    """What the flags ask for."""
+    """What the flags ask for. ValueError in one line if that is impossible."""
     cfg, models = load_run(args.run)
     cfg.device = args.device
-    if args.env not in (None, cfg.env):
-        cfg.env, cfg.names = args.env, len(envs.NAMES)
+    cfg.env = args.env or cfg.env
     longest = envs.longest_horizon(cfg)
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
-    for n in cfg.eval_objectives:
-        if not 1 <= n <= longest:
-            raise ValueError(f"--objectives {n}: expected 1 to {longest}")
-    chosen = methods(models)
-    if args.show and not args.agents:
-        chosen = {name: chosen[name] for name in chosen if not name.endswith("-sampled")}
-    if args.agents:
-        unknown = set(args.agents) - set(chosen)
-        if unknown:
-            raise ValueError(f"--agents {' '.join(unknown)}: the run has {', '.join(chosen)}")
-        chosen = {name: chosen[name] for name in args.agents}
+    names = methods(models)
+    chosen = args.agents or [n for n in names if not (args.show and n.endswith("-sampled"))]
+    if not all(1 <= n <= longest for n in cfg.eval_objectives):
+        raise ValueError(f"--objectives: expected 1 to {longest}")
+    if not set(chosen) <= set(names):
+        raise ValueError(f"--agents: expected some of {' '.join(names)}")
+    for number in args.episodes, args.show:
+        if number is not None and number < 1:
+            raise ValueError("--episodes, --show: expected 1 or more")
     if not args.show:
         print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
         return
     n = (args.objectives or [min(4, longest)])[0]
-    for name, (source, policy, sampled) in chosen.items():
-        model = load_model(models[source], cfg.device)
+    for name in chosen:
+        model, policy, sampled = load_method(models, name, cfg.device)
         print(f"--- {name}, {n} objectives")
         for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
             show(traj, policy)

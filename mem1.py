@@ -43,8 +43,7 @@ import envs
 from envs import Stream, keyed_rng
 from model import Cache
 
-# ----------------------------------------------------------------------------------------------
-# Tokens. Tags are special tokens; every word of envs.WORDS is one token; the rest is bytes.
+# --- Tokens. Tags are special tokens; every word of envs.WORDS is one token; the rest is bytes.
 
 TAGS = ["<task>", "<IS>", "<query>", "<answer>", "<info>", "<end>"]
 
@@ -106,8 +105,7 @@ def parse(ids):
     return kind, state, text
 
 
-# ----------------------------------------------------------------------------------------------
-# The episode, turn by turn
+# --- The episode, turn by turn
 
 
 @dataclass
@@ -195,8 +193,7 @@ def memory_recall(traj):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------
-# Context policies: what the next turn sees of the turns so far. It always sees the prompt.
+# --- Context policies: what the next turn sees of the turns so far. It always sees the prompt.
 
 
 def keep_last(turns):
@@ -248,8 +245,7 @@ def visible_past(env, policy, turns):
     return policy(turns) if turns else []
 
 
-# ----------------------------------------------------------------------------------------------
-# What to imitate
+# --- What to imitate
 
 
 def expert(env, policy, turns, rng=None):
@@ -300,7 +296,7 @@ def play_history(env, policy, first, rng=None):
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory: its trained parts are what the turns wrote."""
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
-    text, parts = envs.primer(rng, longest, envs.extra_words(cfg))
+    text, parts = envs.primer(rng, longest, envs.world(cfg.env).extra_words)
     seen = ENC.encode_ordinary(text)
     traj = Trajectory(None, seen)
     for part, is_trained in parts:
@@ -311,8 +307,7 @@ def exercise(cfg, step, i, longest):
     return traj
 
 
-# ----------------------------------------------------------------------------------------------
-# Acting
+# --- Acting
 
 
 def turn_cap(env):
@@ -329,16 +324,16 @@ def rollout(model, environments, policy, rngs=None, batch=64):
            None: greedy, always the likeliest token
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
-    order = sorted(range(len(trajs)), key=lambda e: len(trajs[e].prompt))  # little padding
-    for i in range(0, len(order), batch):
-        some = order[i : i + batch]
-        some_rngs = [rngs[e] for e in some] if rngs else None
-        rollout_batch(model, [trajs[e] for e in some], policy, some_rngs)
+    pairs = list(zip(trajs, rngs or [None] * len(trajs)))
+    pairs.sort(key=lambda pair: len(pair[0].prompt))  # little padding
+    for i in range(0, len(pairs), batch):
+        some, some_rngs = zip(*pairs[i : i + batch])
+        rollout_batch(model, some, some_rngs, policy)
     return trajs
 
 
 @torch.no_grad()
-def rollout_batch(model, trajs, policy, rngs):
+def rollout_batch(model, trajs, rngs, policy):
     """Play some trajectories side by side, from their first turn to their last."""
     weight = model.emb.weight
     started = time.perf_counter()
@@ -363,7 +358,7 @@ def rollout_batch(model, trajs, policy, rngs):
         # 2. Every episode writes a turn, and draws as many numbers as its own cap, used or not.
         caps = [turn_cap(trajs[e].env) for e in live]
         uniform = None
-        if rngs is not None:
+        if rngs[0] is not None:
             draws = np.zeros((len(live), max(caps)))
             for b, e in enumerate(live):
                 draws[b, : caps[b]] = 1 - rngs[e].random(caps[b])  # in (0, 1]
@@ -448,8 +443,7 @@ def sample(logits, uniform=None):
     return ids, logps.gather(-1, ids[:, None]).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------
-# Learning: turns as the learner sees them
+# --- Learning: turns as the learner sees them
 
 
 @dataclass

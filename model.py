@@ -150,8 +150,7 @@ def with_age(q, k, clock):
     return q, torch.cat([k[..., :-2], clock], -1)  # each (B, nh, T, hs)
 
 
-# ----------------------------------------------------------------------------------------------
-# The sampler's memory
+# --- The sampler's memory
 
 
 class Cache:

@@ -84,7 +84,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
                     gap = torch.cat([(logp - old_logp[i]).abs(), gap[None]]).max()
-                kl, clip = approx_kl(logp, old_logp[i]), clipped(logp, old_logp[i], cfg.clip)
+                kl = approx_kl(logp, old_logp[i])
+                clip = ((logp - old_logp[i]).exp() - 1).abs().gt(cfg.clip).to(kl)
                 to_ref = old_logp[i] - ref_logp[i]
                 sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clip]).sum(1)
 
@@ -117,7 +118,7 @@ def no_sync(model, unless=False):
 
 def backward(loss):
     """Add this process's share of the gradient of a loss. DDP averages, and we want the sum."""
-    (loss * process()[1]).backward()
+    (loss * world_size()).backward()
 
 
 def clip_and_step(model, optimizer, grad_clip):
@@ -125,13 +126,12 @@ def clip_and_step(model, optimizer, grad_clip):
     FloatingPointError in all processes, before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
-        raise FloatingPointError("the loss or its gradient is not finite")
+        raise FloatingPointError("the loss or its gradient is not finite: lower the learning rate")
     optimizer.step()
     return norm
 
 
-# ----------------------------------------------------------------------------------------------
-# What update() gathers
+# --- What update() gathers
 
 
 def turn_rewards(traj):
@@ -187,8 +187,7 @@ def mean_over_episodes(trajs):
     return dict(row, memory=held / found if found else 0.0)
 
 
-# ----------------------------------------------------------------------------------------------
-# The maths, as pure functions
+# --- The maths, as pure functions
 
 
 def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
@@ -268,11 +267,6 @@ def approx_kl(logp, old_logp):
     return log_ratio.expm1() - log_ratio
 
 
-def clipped(logp, old_logp, clip=0.2):
-    """1 where the ratio has left [1 - clip, 1 + clip], (M,)."""
-    return ((logp - old_logp).exp() - 1).abs().gt(clip).to(logp.dtype)
-
-
 def explained_variance(value, ret):
     """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0
     one that knows no more than the mean."""
@@ -283,21 +277,22 @@ def explained_variance(value, ret):
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0
 
 
-# ----------------------------------------------------------------------------------------------
-# Several processes. All of them must make these calls, in the same order.
+# --- Several processes. All of them must make these calls, in the same order.
 
 
-def process():
-    """(rank, number of processes)."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def rank():
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(n):
     """This process's part of range(n)."""
-    rank, world_size = process()
-    return range(rank, n, world_size)
+    return range(rank(), n, world_size())
 
 
 def mean_of(rows):

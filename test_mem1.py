@@ -835,11 +835,9 @@ class Trap:
         return os.abort, ()
 
 
-@given(sampled_from(["flipped", "cut off", "config", {}, Trap()]), integers(0, 10**9))
+@given(sampled_from(["flipped", "cut off", {}, Trap()]), integers(0, 10**9))
 def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, harm, at):
-    path, config = finished.parent / "checkpoint.pt", (finished / "config.json").read_text()
-    cut = at % len(config) if harm == "config" else None
-    path.with_name("config.json").write_text(config[:cut])
+    path = finished.parent / "checkpoint.pt"
     data = bytearray((finished / "checkpoint.pt").read_bytes())
     at %= len(data)
     if harm == "flipped":
@@ -850,7 +848,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
     try:
         evaluation.load_run(path.parent)
     except ValueError as error:
-        assert re.fullmatch(r"[^\n]*(checkpoint.pt|config.json)[^\n]*", str(error))
+        assert re.fullmatch(r"[^\n]*checkpoint.pt[^\n]*", str(error))
     else:  # a bit that nothing depends on
         assert harm == "flipped" and weights(path.parent) == weights(finished)
 
@@ -859,7 +857,7 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --ppo-lr fast: invalid float; --resume --out /nonexistent: checkpoint.pt; --objectives 3: objectives
 --hops 1 9: hops; --hops 1 1 2: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch
 --n-embd 51: n-embd
---start /none: does not exist; --agents nobody: invalid choice; --env mars: env
+--start /none: No such file; --agents nobody: invalid choice; --env mars: env
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --env shop: --around 0; --env count: --demos oracle; --around 40: around
 --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
@@ -881,27 +879,13 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path):
         pass
 
 
-@parametrize("field, value", [("n_layer", "x"), ("ppo_lr", None), ("agents", "mem1"),
-                              ("n_embd", 96), ("preset", 7), ("unknown", 1)])
-def test_a_configuration_that_does_not_fit_is_refused_in_one_line(finished, tmp_path, field, value):
-    config = json.loads((finished / "config.json").read_text())
-    config["config"][field] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
-    code, (line,) = run("--resume", "--out", tmp_path)
-    assert code > 0 and "config.json" in line
-
-
 def test_python_without_assertions_refuses_as_well(finished):
     done = subprocess.run([sys.executable, "-O", "train.py", "--out", str(finished)], cwd=HERE,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_a_rank_without_a_world_size_and_a_path_with_spaces(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    code, (line,) = run("--preset", "debug", "--out", "/none")
-    assert code == 2 and "WORLD_SIZE" in line
+def test_a_path_with_spaces_is_quoted():
     assert "--out 'my runs/a b' " in train.resume_hint(train.Config(out="my runs/a b"))
 
 

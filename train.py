@@ -1,6 +1,6 @@
 """train.py: teach a small GPT to work in constant memory: reading, imitation, reinforcement.
 
-    python train.py                              # laptop: two agents, then the trend of the paper
+    python train.py                              # laptop: two agents, then the paper's trend
     python train.py --preset debug               # the smallest task, within a minute
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP; --preset gpu: a larger model
     torchrun --nproc-per-node 8 train.py         # the same; also on several machines
@@ -10,27 +10,24 @@
 Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights
 cannot, hence the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
-    demos    imitation, on one and two objectives: the format, how to search, how to carry on a
-             list. The notes that mem1 imitates are random (envs.random_notes)
-    ppo      reward, on two objectives: that answers are worth noting down
-In the last two, most tasks are pieces of longer ones: see training_task(). The agent `mem1` prunes
-its context, the agent `full` keeps everything. Besides, `full` imitates oracle notes, which serve
-it better, and lists only new answers, since old ones stay in view.
+    demos    imitation: the format, how to search, how to carry on a list. mem1 imitates random
+             notes (envs.random_notes), the others oracle notes
+    ppo      reward: that answers are worth noting down
+In the last two, most tasks are pieces of longer ones: see training_task().
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
 """
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import inspect
 import io
 import json
 import logging
 import os
-import platform
 import re
 import shlex
 import signal
@@ -38,7 +35,7 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,17 +43,16 @@ import torch.distributed as dist
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from eval import (load_checkpoint, load_config, load_model, load_run, methods, show_change, table,
-                  trend, validate)
+from eval import Parser, load_checkpoint, load_model, methods, show_change, table, trend, validate
 from mem1 import ENC, POLICIES, exercise, expert_rollout, make_rows, play_history
 from model import GPT, GPTConfig
-from ppo import share
+from ppo import rank, share
 
 
 @dataclass
@@ -134,22 +130,19 @@ CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                demos=["random", "oracle"])
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
-MAY_BE_ZERO = "seed nproc workers exercises around".split()  # of those that are integers
+LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2)  # others: 1
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
-               primer_longest=len(envs.INDICES), workers=4 * os.cpu_count())
+               primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
-# ----------------------------------------------------------------------------------------------
-# Training
+# --- Training
 
 
-def train_stage(run, kind, agent):
-    """Train one model from where the run stands: the primer, an imitating agent, or its PPO.
+def train_stage(run, kind, agent, name, base):
+    """Train model `name` from where the run stands, beginning with the weights of `base`, if any.
 
-    The last weights are the result: choosing by validation at 16 objectives would use a horizon
-    that is not trained.
+    The last weights are the result: to choose by validation would use a horizon not trained on.
     """
     cfg, state = run.cfg, run.state
-    name, base = model_names(kind, agent)
     steps, lr = getattr(cfg, f"{kind}_steps"), getattr(cfg, f"{kind}_lr")
 
     # 1. The model and its optimizer, new or as they were within this stage.
@@ -186,7 +179,7 @@ def train_stage(run, kind, agent):
         if is_due and agent:
             row.update(validate(model, agent, cfg))
         log(run, kind, agent, step, row)
-        number = torch.tensor(max(run.signals, default=0), device=cfg.device)
+        number = torch.tensor(run.signal, device=cfg.device)
         number = int(ppo.all_max(number))  # all processes stop after the same step
         if number or is_due:
             state.update(stage=name, step=step, model=model.state_dict(),
@@ -204,25 +197,13 @@ def train_stage(run, kind, agent):
     save(run)
 
 
-def model_names(kind, agent):
-    """What the model that comes out of a stage is called, and the one that it begins with."""
-    return {"primer": ("primer", None),
-            "demos": (f"{agent}-demos", "primer"),
-            "ppo": (agent, f"{agent}-demos")}[kind]
-
-
 def gpt_config(cfg):
-    """What the model that this run trains is made of.
-
-    >>> [gpt_config(Config(dtype=dtype)).bfloat16 for dtype in ("float32", "bfloat16")]
-    [False, True]
-    """
+    """What the model that this run trains is made of."""
     return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 
 def imitate(learner, optimizer, batch, cfg):
-    """One step of maximum likelihood on the Rows of exercises and demonstrations. Returns what to
-    log."""
+    """One step of maximum likelihood on exercises and demonstrations. Returns what to log."""
     n = ppo.token_count(batch, cfg.device)
     total = torch.zeros((), device=cfg.device)
     optimizer.zero_grad()
@@ -251,55 +232,42 @@ def set_lr(optimizer, lr, step, steps, warmup):
         group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
 
 
-# ----------------------------------------------------------------------------------------------
-# Data
+# --- Data
 
 
-class Steps(Dataset):
-    """Item i is what step i of a stage trains on, in this process: Rows, or in PPO environments."""
-
-    def __init__(self, cfg, kind, agent):
-        self.cfg, self.kind, self.agent = cfg, kind, agent
-
-    def __getitem__(self, step):
-        cfg = self.cfg
-        if self.kind == "ppo":
-            which = share(cfg.ppo_batch)
-            return [training_task(cfg, self.agent, Stream.PPO, step, i) for i in which]
-        if self.kind == "primer":
-            ramp = min(1.0, step / (0.6 * cfg.primer_steps))
-            longest = round(2 + ramp * (cfg.primer_longest - 2))
-            trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
-        else:  # the exercises go on where the primer ended
-            key = cfg.primer_steps + step
-            trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
-            which = share(cfg.demos_batch)
-            trajs += [demonstration(cfg, self.agent, step, i) for i in which]
-        return make_rows(trajs, cfg.micro_batch)
+def step_data(cfg, kind, agent, step):
+    """What a step of a stage trains on, in this process: Rows, or in PPO environments."""
+    if kind == "ppo":
+        return [training_task(cfg, agent, Stream.PPO, step, i) for i in share(cfg.ppo_batch)]
+    if kind == "primer":
+        ramp = min(1.0, step / (0.6 * cfg.primer_steps))
+        longest = round(2 + ramp * (cfg.primer_longest - 2))
+        trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
+    else:  # the exercises go on where the primer ended
+        key = cfg.primer_steps + step
+        trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
+        trajs += [demonstration(cfg, agent, step, i) for i in share(cfg.demos_batch)]
+    return make_rows(trajs, cfg.micro_batch)
 
 
 def steps_left(cfg, kind, agent, numbers):
     """(step, its data) for these steps, made ahead by cfg.workers processes, if any."""
-    # A signal may go to the whole process group. A worker that dies of it takes this process with
-    # it, before that has finished its step and saved. So workers ignore signals.
+    # A signal may go to the whole process group; workers ignore it, or they would take this process
+    # with them before it has finished its step and saved.
     loader = DataLoader(
-        Steps(cfg, kind, agent), batch_size=None, sampler=numbers,
-        num_workers=cfg.workers, worker_init_fn=ignore_signals,
+        numbers, batch_size=None, collate_fn=functools.partial(step_data, cfg, kind, agent),
+        num_workers=cfg.workers, worker_init_fn=lambda worker: on_signal(signal.SIG_IGN),
         multiprocessing_context="fork" if cfg.workers else None)
-    hide = True if ppo.process()[0] else None  # None: hidden where there is no terminal
+    hide = True if rank() else None  # None: hidden where there is no terminal
     bar = tqdm(numbers, kind, numbers.stop, leave=False, initial=numbers.start, disable=hide)
     return zip(bar, loader)
 
 
-def ignore_signals(worker):
-    """Called in each data-loading process as it starts."""
-    on_signal(signal.SIG_IGN)
-
-
 def on_signal(handler):
-    """What SIGINT, SIGTERM and SIGHUP do from now on."""
+    """What SIGINT, SIGTERM and SIGHUP do from now on, unless they are ignored, as under nohup."""
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, handler)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def training_task(cfg, agent, stream, step, i):
@@ -344,85 +312,70 @@ def training_task(cfg, agent, stream, step, i):
         env.max_turns = int(rng.integers(env.max_turns, largest + 1))
 
     if before or after:
-        play_history(env, POLICIES[agent], before, rng if has_random_notes(cfg, agent) else None)
+        play_history(env, POLICIES[agent], before, notes_rng(cfg, agent, rng))
         env.take_piece(before, n)
     return env
 
 
-def has_random_notes(cfg, agent):
-    """Does this agent imitate random notes? Those that mem1 is compared with get better ones."""
-    return cfg.demos == "random" and agent == "mem1"
+def notes_rng(cfg, agent, rng):
+    """rng if this agent imitates random notes. Those that mem1 is compared with get better ones."""
+    return rng if cfg.demos == "random" and agent == "mem1" else None
 
 
 def demonstration(cfg, agent, step, i):
-    """One episode of the demonstrator.
-
-    >>> for agent in "mem1", "full":
-    ...     sum(demonstration(Config(), agent, 0, i).env.em for i in range(20))
-    22
-    29
-    """
+    """One episode of the demonstrator."""
     env = training_task(cfg, agent, Stream.DEMOS, step, i)
     rng = keyed_rng(cfg.seed, Stream.DEMOS, step, i, 2)
-    return expert_rollout(env, POLICIES[agent], rng if has_random_notes(cfg, agent) else None)
+    return expert_rollout(env, POLICIES[agent], notes_rng(cfg, agent, rng))
 
 
-# ----------------------------------------------------------------------------------------------
-# The run: its directory, its checkpoint, its log
+# --- The run: its directory, its checkpoint, its log
 
 
 @dataclass
 class Run:
     """A run in this process."""
     cfg: Config
-    out: Path
     state: dict  # what a checkpoint holds
     started: float  # perf_counter() when it began, moved forward by any interruption
-    signals: list = field(default_factory=list)  # those that asked it to stop
+    signal: int = 0  # the one that asked it to stop
+    signal_time: float = 0.0
 
     def stop_later(self, number, frame):
-        """On a signal: finish the step and save. On a second one: end at once."""
-        if self.signals:
+        """On a signal: finish the step and save. On a second one, a second later: end at once."""
+        if not self.signal:
+            self.signal, self.signal_time = number, time.perf_counter()
+        elif time.perf_counter() > self.signal_time + 1:  # not the same one, forwarded
             os._exit(128 + number)
-        self.signals.append(number)
+
+    @property
+    def log_path(self):
+        return Path(self.cfg.out) / "metrics.jsonl"
 
 
-EMPTY_STATE = dict(stage="", step=0, models={}, model=None, optimizer=None, seconds=0.0,
-                   log_bytes=0)  # of metrics.jsonl
-
-
-def plan(cfg):
-    """The stages of a run: [(kind, agent), ...]."""
-    if cfg.start:
-        return [("ppo", agent) for agent in cfg.agents]
-    stages = [("primer", None)]
+def stages(cfg):
+    """The stages of a run: [(kind, agent, model that comes out, model it begins with), ...]."""
+    found = [("primer", None, "primer", None)]
     for agent in cfg.agents:
-        stages += [("demos", agent), ("ppo", agent)]
-    return stages
+        found.append(("demos", agent, f"{agent}-demos", "primer"))
+        found.append(("ppo", agent, agent, f"{agent}-demos"))
+    return [stage for stage in found if stage[0] == "ppo" or not cfg.start]
 
 
 def log(run, kind, agent, step, row):
     """Write a step to metrics.jsonl; print it, unless it is one of many alike."""
     minutes = (time.perf_counter() - run.started) / 60
     row = dict(stage=kind, agent=agent, step=step, minutes=minutes, **row)
-    if ppo.process()[0] == 0:
-        with open(run.out / "metrics.jsonl", "a") as file:
+    if rank() == 0:
+        with open(run.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
     steps = getattr(run.cfg, f"{kind}_steps")
     if kind == "ppo" or step % 50 == 0 or step == steps:
-        print0(log_line(row, steps, minutes_left(run.cfg, kind, agent, step, minutes)))
+        eta = minutes_left(run.cfg, kind, agent, step, minutes)
+        print0(f"{log_line(row, steps)} | eta {eta:.0f}m")
 
 
-def minutes_left(cfg, kind, agent, step, minutes):
-    """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
-    the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
-    cost = dict(primer=0.5, demos=1.0, ppo=10.0)
-    work = [cost[stage] * getattr(cfg, f"{stage}_steps") for stage, _ in plan(cfg)]
-    done = sum(work[: plan(cfg).index((kind, agent))]) + cost[kind] * step
-    return minutes * (sum(work) - done) / done
-
-
-def log_line(row, steps, eta):
+def log_line(row, steps):
     """A step as one line to read, what matters most first."""
     parts = [f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d}"]
     if row["stage"] == "ppo":
@@ -437,42 +390,43 @@ def log_line(row, steps, eta):
     else:
         parts.append(f"loss {row['loss']:.4f}")
     parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
-    parts += [f"{row['tok_s'] / 1e3:.1f}k tok/s", f"eta {eta:.0f}m"]
-    return " | ".join(parts)
+    return " | ".join([*parts, f"{row['tok_s'] / 1e3:.1f}k tok/s"])
+
+
+def minutes_left(cfg, kind, agent, step, minutes):
+    """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
+    the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
+    cost = dict(primer=0.5, demos=1.0, ppo=10.0)
+    done, total = 0.0, 0.0
+    for stage in stages(cfg):
+        if stage[:2] == (kind, agent):
+            done = total + cost[kind] * step
+        total += cost[stage[0]] * getattr(cfg, f"{stage[0]}_steps")
+    return minutes * (total - done) / done
 
 
 def save(run):
     """Write the checkpoint. A reader finds the old one or the new one, never half of one."""
     run.state["seconds"] = time.perf_counter() - run.started
-    if ppo.process()[0] == 0:
-        with open(run.out / "metrics.jsonl", "a") as file:
+    if rank() == 0:
+        with open(run.log_path, "a") as file:
             os.fsync(file.fileno())  # the log is on disk before the checkpoint
             run.state["log_bytes"] = file.tell()
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # torch.save() reports a full disk as something else
         torch.save(run.state, buffer)
-        write_atomically(run.out / "checkpoint.pt", buffer.getbuffer())
+        path = Path(run.cfg.out) / "checkpoint.pt"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
     if dist.is_initialized():
         dist.barrier()
 
 
-def write_atomically(path, content):
-    """Write bytes, or anything else as JSON, to a temporary file, flush it, then rename it."""
-    if isinstance(content, dict):
-        content = json.dumps(content, indent=1).encode()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}")
-
-
 def print0(line):
     """Print, by the first process alone, above the progress bar."""
-    if ppo.process()[0] == 0:
+    if rank() == 0:
         tqdm.write(line)
 
 
@@ -481,117 +435,87 @@ def resume_hint(cfg):
     return f"to continue: python train.py --out {shlex.quote(cfg.out)} --resume"
 
 
-def provenance():
-    """What the numbers depend on besides the seed: the commit, with `+` where files differ from it
-    (empty if this folder is no git repository of its own), and the machine."""
-    here, commit = Path(__file__).resolve().parent, ""
-    if (here / ".git").exists():
-        command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
-        with contextlib.suppress(OSError):  # there is no git
-            done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-            commit = done.stdout.strip()
-    return dict(commit=commit, machine=f"{platform.machine()}, {os.cpu_count()} cores",
-                python=platform.python_version(), torch=torch.__version__)
+def commit():
+    """The commit of this code, with `+` if files differ from it; empty if it is no repository."""
+    here = Path(__file__).resolve().parent
+    command = "git --git-dir=.git --work-tree=. describe --always --abbrev=40 --exclude=* --dirty=+"
+    try:
+        done = subprocess.run(command.split(), cwd=here, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
+    return done.stdout.strip()
 
 
-@contextlib.contextmanager
 def locked(out):
-    """The directory of a run, where meanwhile no other run can write."""
+    """The lock of a run's directory, an open file: until it is closed, no other run can write."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out) / "lock", "w") as file:
-        if ppo.process()[0] == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"{out}: another process is writing this run")
-        yield Path(out)
+    file = open(Path(out) / "lock", "w")
+    if rank() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{out}: another process is writing this run")
+    return file
 
 
-def prepare(cfg, out):
-    """The Run: its directory, and its state, new or from its checkpoint."""
-    state = dict(EMPTY_STATE, models={})
+def train(cfg):
+    """All stages from where the run stands, then the final table."""
+    ENC.add(envs.world(cfg.env).extra_words)
+    state = dict(models={}, stage="", step=0, model=None, optimizer=None, seconds=0.0, log_bytes=0)
     if cfg.resume:
-        state = load_checkpoint(out)
-        check_models(cfg, state["models"], f"{out}/config.json")
+        state = load_checkpoint(cfg.out)
     elif cfg.start:
-        models = load_run(cfg.start)[1]
-        for name in [f"{agent}-demos" for agent in cfg.agents]:
-            if name not in models:
-                stop(f"--start {cfg.start}: it has no {name}")
-            state["models"][name] = models[name]
-        check_models(cfg, state["models"], f"--start {cfg.start}")
-    run = Run(cfg, out, state, time.perf_counter() - state["seconds"])
-    if ppo.process()[0] == 0:
-        config = dict(config=dataclasses.asdict(cfg), **provenance())
-        write_atomically(out / "config.json", config)
-        with open(out / "metrics.jsonl", "a") as file:
-            # Steps after the checkpoint will be redone.
+        models = load_checkpoint(cfg.start)["models"]
+        state["models"] = {base: models[base] for *_, base in stages(cfg)}
+    done = state["models"]
+    state.update(config=dataclasses.asdict(cfg), commit=commit())
+    run = Run(cfg, state, time.perf_counter() - state["seconds"])
+    if rank() == 0:
+        with open(run.log_path, "a") as file:  # steps after the checkpoint will be redone
             file.truncate(min(file.tell(), state["log_bytes"]))
     if not cfg.resume:
         save(run)
+
     on_signal(run.stop_later)
-    return run
-
-
-def check_models(cfg, models, where):
-    """Stop if stored models differ from what is to be trained."""
-    for name, saved in models.items():
-        if GPTConfig(**saved["config"]) != gpt_config(cfg):
-            stop(f"{where}: the model {name} differs in size, dtype or vocabulary")
-
-
-def train(cfg, out):
-    """All stages from where the run stands, then the final table."""
-    ENC.add(envs.extra_words(cfg))
-    run = prepare(cfg, out)
-    done = run.state["models"]
-    for kind, agent in plan(cfg):
-        if model_names(kind, agent)[0] not in done:
-            train_stage(run, kind, agent)
+    for kind, agent, name, base in stages(cfg):
+        if name not in done:
+            train_stage(run, kind, agent, name, base)
 
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
-    if run.signals:
-        sys.exit(128 + run.signals[-1])
-    if ppo.process()[0] == 0 and {"mem1", "mem1-demos"} <= set(done):
-        show_change(done, cfg)
+    if run.signal:
+        sys.exit(128 + run.signal)
     results = table(done, cfg, methods(done), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
-    meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes, **provenance())
-    if ppo.process()[0] == 0:
-        write_atomically(out / "results.json", {**results, "meta": meta})
-    print0(trend(results))
-    print0(f"{minutes:.0f} min; results in {cfg.out}/results.json; see what the agent does: "
-           f"python eval.py {shlex.quote(cfg.out)} --show 2")
+    meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes,
+                commit=state["commit"], torch=torch.__version__)
+    if rank() == 0:
+        text = json.dumps({**results, "meta": meta}, indent=1)
+        (Path(cfg.out) / "results.json").write_text(text)
+        if {"mem1", "mem1-demos"} <= set(done):
+            show_change(done, cfg)
+        print(trend(results))
+        print(f"{minutes:.0f} min; results in {cfg.out}/results.json; see what the agent does: "
+              f"python eval.py {shlex.quote(cfg.out)} --show 2")
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# --- The command line
 
 
 def parse_arguments(argv):
     """A Config: a flag for each field, a preset's values instead of the defaults."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def refuse(message):
-        parser.exit(2, f"train.py: {message} (python train.py --help)\n")
-
-    parser.error = refuse
+    parser = Parser(f"{__doc__}\nThe flags (--n-embd for n_embd):\n\n{inspect.getsource(Config)}")
     for f in dataclasses.fields(Config):
         options = dict(type=f.type, choices=CHOICES.get(f.name))
         if f.type is bool:
-            options = dict(action="store_true", default=None)
+            options = dict(action="store_true")
         elif f.type is tuple:
             options.update(type=type(f.default[0]), nargs="+")
-        options["help"] = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        parser.add_argument(flag(f.name), **options)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
     try:
         return configure(given)
     except (ValueError, OSError) as error:
-        refuse(str(error))
+        parser.error(str(error))
 
 
 def flag(name):
@@ -600,20 +524,17 @@ def flag(name):
 
 
 def configure(given):
-    """A Config from the given fields. ValueError or OSError if they are invalid."""
-    preset = given.get("preset", "cpu")
-    cfg = Config(**{**PRESETS[preset], **given, "preset": preset})
-    require(cfg.out, "--out: expected a directory")
+    """A Config from the given fields. An error in one line if they are invalid."""
+    cfg = Config(**{**PRESETS[given.get("preset", "cpu")], **given})
     if cfg.resume:
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
-        load_checkpoint(cfg.out)
-        cfg = dataclasses.replace(read_config(cfg.out), **given)
+        config = load_checkpoint(cfg.out)["config"]
+        require(set(config) == set(vars(cfg)), f"--out {cfg.out}: a run of another train.py")
+        cfg = Config(**{**config, **given})
     else:
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
                 f"--out {cfg.out} holds a run already: add --resume, or choose another")
-        if cfg.start:
-            load_run(cfg.start)
 
     gpus = torch.cuda.device_count()
     if cfg.device == "auto":
@@ -622,23 +543,18 @@ def configure(given):
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
     available = gpus if cfg.device == "cuda" else os.cpu_count()
-    if "RANK" in os.environ:  # started by torchrun, or by launch()
-        require("WORLD_SIZE" in os.environ, "RANK is set, but not WORLD_SIZE: start it by torchrun")
+    if "WORLD_SIZE" in os.environ:  # started by torchrun, or by launch()
         cfg.nproc = int(os.environ["WORLD_SIZE"])
     else:
         cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
         require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
     check(cfg)
-    return cfg
-
-
-def read_config(out):
-    """The Config of a run, as last started or resumed. ValueError in one line."""
-    try:
-        cfg = Config(**vars(load_config(out)))
-        check(cfg)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{Path(out) / 'config.json'} is not the configuration of a run: {error}")
+    if cfg.start and not cfg.resume:
+        ENC.add(envs.world(cfg.env).extra_words)
+        models = load_checkpoint(cfg.start)["models"]
+        for *_, base in stages(cfg):
+            fits = base in models and GPTConfig(**models[base]["config"]) == gpt_config(cfg)
+            require(fits, f"--start {cfg.start}: no {base} of this size, dtype and vocabulary")
     return cfg
 
 
@@ -649,34 +565,26 @@ def require(condition, message):
 
 
 def check(cfg):
-    """Checks that a flag's type cannot express. ValueError in one line."""
+    """Refuse what the flags' types allow but a run does not. ValueError in one line."""
     for f in dataclasses.fields(Config):
-        value, kind = getattr(cfg, f.name), f.type
-        values = [value]
-        if kind is tuple:
-            require(isinstance(value, (tuple, list)) and value, f"{flag(f.name)}: expected values")
-            values, kind = value, type(f.default[0])
-        lowest = 1 if kind is int and f.name not in MAY_BE_ZERO else 0
-        highest = HIGHEST.get(f.name, 1e9)
-        for one in values:
-            where = f"{flag(f.name)} {one}: expected"
-            require(type(one) is kind, f"{where} {kind.__name__}")
-            require(one in CHOICES.get(f.name, [one]), f"{where} one of {CHOICES.get(f.name)}")
-            if kind in (int, float):
-                require(lowest <= one <= highest, f"{where} {lowest:g} to {highest:g}")
+        value = getattr(cfg, f.name)
+        for one in value if f.type is tuple else [value]:
+            if type(one) in (int, float):
+                lowest = LOWEST.get(f.name, 1 if type(one) is int else 0)
+                highest = HIGHEST.get(f.name, 1e9)
+                require(lowest <= one <= highest,
+                        f"{flag(f.name)} {one}: expected {lowest} to {highest:g}")
         if f.name.endswith(("_batch", "_episodes")):
             require(value >= cfg.nproc, f"{flag(f.name)} {value}: expected one per process or more")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
         fits = len(value) == 2 and value[0] <= value[1]
         require(fits, f"--{name} {value}: expected e.g. 1 2")
-    require(cfg.hops[1] <= len(envs.COLONS), f"--hops {cfg.hops}: there are 5 relations at most")
     require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
             f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
-    require(cfg.primer_longest > 1, "--primer-longest: expected 2 or more")
     require(cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch")
     longest = envs.longest_horizon(cfg)
-    needs = {} if cfg.env == "qa" else envs.world_module(cfg.env).NEEDS
+    needs = envs.world(cfg.env).needs
     flags = " ".join(f"{flag(name)} {value}" for name, value in needs.items())
     require(needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}")
     for n in [*cfg.objectives, *cfg.eval_objectives]:
@@ -688,17 +596,16 @@ def check(cfg):
 
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish and save
     logging.disable()  # the messages below are enough
     try:
-        torch.distributed.run.main(
-            ["--standalone", f"--nproc-per-node={cfg.nproc}", "--", __file__, *argv])
+        torch.distributed.run.main(  # 120 seconds to finish and save
+            ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120", "--",
+             __file__, *argv])
     except SignalException as error:
         on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        code = min(failure.exitcode for failure in error.failures.values())
         if code > 0:
             sys.exit(code)  # it has said why
         sys.exit(f"train.py: a process died of signal {-code}; {resume_hint(cfg)}")
@@ -708,7 +615,7 @@ def main(argv=None):
     """Train, in this process or in several."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
-    if cfg.nproc > 1 and "RANK" not in os.environ:
+    if cfg.nproc > 1 and "WORLD_SIZE" not in os.environ:
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
     if cfg.device == "cuda":
@@ -720,12 +627,13 @@ def main(argv=None):
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         dist.barrier()  # all have seen that --out is free before one writes there
     try:
-        with locked(cfg.out) as out:
-            train(cfg, out)
-    except FloatingPointError as error:
-        stop(f"{error}; start again with a lower learning rate")
-    except OSError as error:
-        stop(f"{error}; nothing written before is lost; {resume_hint(cfg)}")
+        with locked(cfg.out):
+            train(cfg)
+    except (FloatingPointError, OSError) as error:
+        print(f"train.py: {error}; {resume_hint(cfg)}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(1)  # without waiting for the others
+        sys.exit(1)
     except RuntimeError as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         lost = re.search("gloo|nccl|connection|timed out", str(error), re.I)
@@ -734,14 +642,6 @@ def main(argv=None):
         os._exit(1)  # another process died, and the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def stop(message):
-    """End this process with one line and exit code 1."""
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(1)  # without waiting for the others
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ import re
 from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, invent, oracle_notes,
                   read_answers, words)
 
-LONGEST = len(INDICES) - 1  # questions: the count is said by an index
-NEEDS = {"demos": "oracle"}
-
 
 class CountQA(ComposedQA):
     """N questions, each answered by a search as ever, and one number due at the end: starting at
@@ -23,6 +20,9 @@ class CountQA(ComposedQA):
     >>> env.step("answer", "#51"), env.em
     ('', 1)
     """
+    longest = len(INDICES) - 1  # the count is said by an index
+    needs = {"demos": "oracle"}
+    extra_words = ["count"]
 
     def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
         super().__init__(n_objectives, hops, seed)
@@ -78,9 +78,4 @@ def add(index, n):
     return f"#{int(index[1:]) + n}"
 
 
-def make_env(cfg, n_objectives, seed):
-    return CountQA(n_objectives, cfg.hops, seed)
-
-
-def extra_words(cfg):
-    return ["count"]
+World = CountQA

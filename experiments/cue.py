@@ -14,8 +14,6 @@ import numpy as np
 from envs import INDICES, RELATIONS, STOP, Env, entries, read_answers, score
 
 CUES = RELATIONS[:4]
-LONGEST = len(INDICES)
-NEEDS = {"around": 0}
 
 
 class CueWorld(Env):
@@ -28,7 +26,9 @@ class CueWorld(Env):
     ('.', 'answer', '#0 rival #1 mentor')
     """
 
-    def __init__(self, n_objectives, seed):
+    needs = {"around": 0}
+
+    def __init__(self, n_objectives, hops=(1, 2), seed=0):
         super().__init__(n_objectives, n_objectives + 2)
         cues = np.random.default_rng(seed).choice(CUES, n_objectives)
         self.golds = list(zip(INDICES, map(str, cues)))
@@ -63,9 +63,4 @@ class CueWorld(Env):
         return state, kind, text
 
 
-def make_env(cfg, n_objectives, seed):
-    return CueWorld(n_objectives, seed)
-
-
-def extra_words(cfg):
-    return []
+World = CueWorld

@@ -16,8 +16,6 @@ TYPES = "jacket shirt lamp chair bag clock rug mug".split()
 TRAITS = "cotton warm light round small soft matt thin plain strong old new".split()
 COLORS = "red blue green black white grey".split()
 PAGE = 2  # products a page: so few that short tasks have several pages, too
-LONGEST = len(INDICES) * 2 // 3  # with half as many other products, each of which has an index
-NEEDS = {"around": 0}
 
 
 class Shop(Env):
@@ -41,8 +39,11 @@ class Shop(Env):
     em        N times the reward of WebShop, see worth(); so em / N is that reward
     """
 
-    def __init__(self, n_objectives=2, seed=0):
-        assert n_objectives <= LONGEST, f"got {n_objectives} objectives, expected {LONGEST} at most"
+    longest = len(INDICES) * 2 // 3  # with half as many other products, each of which has an index
+    needs = {"around": 0}
+    extra_words = [*SHOP_WORDS, *TYPES, *TRAITS, *COLORS]
+
+    def __init__(self, n_objectives=2, hops=(1, 2), seed=0):
         super().__init__(n_objectives, 2 * n_objectives + 6)
         rng = np.random.default_rng(seed)
         self.type, *others = pick(rng, TYPES, 4)
@@ -195,9 +196,4 @@ def pick(rng, pool, n):
     return [str(word) for word in rng.choice(pool, n, replace=False)]
 
 
-def make_env(cfg, n_objectives, seed):
-    return Shop(n_objectives, seed)
-
-
-def extra_words(cfg):
-    return [*SHOP_WORDS, *TYPES, *TRAITS, *COLORS]
+World = Shop

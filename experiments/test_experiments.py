@@ -152,7 +152,7 @@ def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
     with pytest.raises(SystemExit, match="did not begin with that"):
         rewards.main(["--reward", "em", "--resume", "--out", str(out)])
     with pytest.raises(SystemExit, match="cannot be written"):
-        rewards.main(["--reward", "em", "--start", str(run), "--agents", "mem1", "--out", "/proc/run"])
+        rewards.main(["--reward", "em", "--start", str(run), *TINY, "--out", "/proc/run"])
 
 
 def test_tables_put_runs_side_by_side_and_refuse_what_is_no_run(run, tmp_path, capsys):

@@ -45,7 +45,7 @@ def play(env, keep_all=False, amnesic=False, rng=None):
 
 
 def test_examples_in_docstrings_are_right():
-    modules = [layouts, *map(envs.world_module, NAMES)]
+    modules = [layouts, *(sys.modules[envs.world(name).__module__] for name in NAMES)]
     assert not any(doctest.testmod(module).failed for module in modules)
 
 
@@ -68,7 +68,7 @@ def test_the_search_tool_ranks_as_a_slow_bm25_does():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_the_demonstrator_succeeds_in_both_contexts_and_only_with_memory(name, n):
-    tokens = {*envs.WORDS, *envs.extra_words(CFG[name])}  # nothing of a task has to be spelled
+    tokens = {*envs.WORDS, *envs.world(name).extra_words}  # nothing of a task has to be spelled
     forgotten = 0
     for seed in range(10):
         for keep_all in False, True:

@@ -11,10 +11,7 @@ import re
 
 import numpy as np
 
-from envs import INDICES, NAMES, RELATIONS, ComposedQA, SearchIndex, words
-
-LONGEST = len(INDICES)  # objectives
-NEEDS = {}
+from envs import NAMES, RELATIONS, ComposedQA, SearchIndex, words
 
 
 class KnowledgeBase:
@@ -129,9 +126,4 @@ class WebQA(ComposedQA):
         return super().search(query)
 
 
-def make_env(cfg, n_objectives, seed):
-    return WebQA(n_objectives, cfg.hops, seed)
-
-
-def extra_words(cfg):
-    return []
+World = WebQA

@@ -1,0 +1,1 @@
+"""Questions beyond the paper's claim; see README.md."""
