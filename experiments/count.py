@@ -8,11 +8,11 @@ from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, invent, o
                   read_answers, words)
 
 
-class CountQA(ComposedQA):
+class World(ComposedQA):
     """N questions, each answered by a search as ever, and one number due at the end: starting at
     the number given, one more for each answer that is the name given. Half of the answers are.
 
-    >>> env = CountQA(1, hops=(1, 1), seed=0)
+    >>> env = World(1, hops=(1, 1), seed=0)
     >>> env.prompt
     ' count #50 rava #68 : bure ally .'
     >>> env.step("query", "bure ally")
@@ -76,6 +76,3 @@ class CountQA(ComposedQA):
 def add(index, n):
     """#17, 1 -> #18"""
     return f"#{int(index[1:]) + n}"
-
-
-World = CountQA

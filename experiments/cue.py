@@ -16,10 +16,10 @@ from envs import INDICES, RELATIONS, STOP, Env, entries, read_answers, score
 CUES = RELATIONS[:4]
 
 
-class CueWorld(Env):
+class World(Env):
     """N words, shown one by one.
 
-    >>> env = CueWorld(2, seed=[1])
+    >>> env = World(2, seed=[1])
     >>> env.step("query", ""), env.step("query", "")
     (' left=3 #0 rival', ' left=2 #1 mentor .')
     >>> env.expert("<IS> #0 rival<query><end><info> left=2 #1 mentor .")
@@ -61,6 +61,3 @@ class CueWorld(Env):
             *words, _ = state.split()
             state = " ".join([*words, str(rng.choice(CUES))])
         return state, kind, text
-
-
-World = CueWorld

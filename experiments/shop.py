@@ -18,10 +18,10 @@ COLORS = "red blue green black white grey".split()
 PAGE = 2  # products a page: so few that short tasks have several pages, too
 
 
-class Shop(Env):
+class World(Env):
     """Find and buy the product that fits best among N of its type.
 
-    >>> env = Shop(2, seed=2)
+    >>> env = World(2, seed=2)
     >>> env.prompt
     ' want lamp warm small in white under #50 .'
     >>> env.step("query", "search lamp")
@@ -194,6 +194,3 @@ class Shop(Env):
 def pick(rng, pool, n):
     """n different words of a pool."""
     return [str(word) for word in rng.choice(pool, n, replace=False)]
-
-
-World = Shop

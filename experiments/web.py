@@ -89,7 +89,7 @@ def corpus():
     return KnowledgeBase(triples, [pages[i] for i in rng.permutation(len(pages))])
 
 
-class WebQA(ComposedQA):
+class World(ComposedQA):
     """The same questions, asked of corpus() through a search engine as unreliable as real ones.
 
     One search in ten finds nothing when it is first tried. `page jelo` opens the page of jelo.
@@ -124,6 +124,3 @@ class WebQA(ComposedQA):
             facts = corpus().known.get(subject, {})
             return [", ".join(f"{subject} {r} {o}" for r, o in facts.items())] if facts else []
         return super().search(query)
-
-
-World = WebQA
