@@ -11,18 +11,15 @@ All three are given the same episodes, from seeds that nothing is trained on.
 
     mean_nats  how far a trained token's log-probability is from the one that it was sampled with
     max_nats   the same of the worst token
-    leak       how much the log-probabilities of the last turn change when all words of the turns
-               that it did not see are exchanged for others
-    tokens     that the learner encodes
 
-The last is a mean over the trajectories. The third command is PPO under a layout, from the imitated
-agent of a run, in one process: old log-probabilities are recomputed by the learner, as in the
-published code, so PPO's ratio begins at 1. It takes all flags of train.py.
+The last command is PPO under a layout, from the imitated agent of a run, in one process: old
+log-probabilities are recomputed by the learner, as in the published code, so PPO's ratio begins at
+1. It takes all flags of train.py.
 """
 import argparse
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,8 +34,7 @@ import ppo
 import train
 from envs import Stream, keyed_rng
 from eval import load_model, load_run
-from mem1 import (ENC, IS, TAG_IDS, TASK, Turn, expert_rollout, keep_last, make_rows,
-                  merged_turns, predict, rollout)
+from mem1 import ENC, IS, TAG_IDS, expert_rollout, keep_last, make_rows, predict, rollout
 from model import WIDTH, GPT, GPTConfig
 
 LAYOUTS = "exact", "stitched", "released"
@@ -191,25 +187,16 @@ def measure(model, cfg, n, episodes, acts):
         trajs = [expert_rollout(env, keep_last) for env in environments]
         acted = learned(model, "exact", trajs)  # (M,)
 
-    turn, last = [], []  # of each trained token: its turn, and whether that is the episode's last
+    turn = []  # of each trained token
     for traj in trajs:
         for t, this in enumerate(traj.turns):
             turn += [t + 1] * len(this.written)
-            last += [this is traj.turns[-1]] * len(this.written)
-    turn, last = torch.tensor(turn), torch.tensor(last)  # (M,), (M,)
+    turn = torch.tensor(turn)  # (M,)
 
     found = {}
     for name in LAYOUTS:
-        logp = learned(model, name, trajs)  # (M,)
-        off = (logp - acted).abs()  # (M,)
-        changed = learned(model, name, [exchange_pruned(traj) for traj in trajs])  # (M,)
-        leak = (changed - logp).abs()[last]  # (tokens of the last turns,)
-        tokens = 0
-        for traj in trajs:
-            rows = merged_turns(traj) if name == "exact" else [stitched(traj)]
-            tokens += sum(len(row[0]) for row in rows)
-        measures = dict(mean_nats=off.mean().item(), max_nats=off.max().item(),
-                        leak=leak.mean().item(), tokens=tokens / episodes)
+        off = (learned(model, name, trajs) - acted).abs()  # (M,)
+        measures = dict(mean_nats=off.mean().item(), max_nats=off.max().item())
         by_turn = {t: off[turn == t].mean().item() for t in TURNS if (turn == t).any()}
         found[name] = measures, by_turn
     return found
@@ -223,27 +210,6 @@ def learned(model, name, trajs):
     for rows in layout_rows(name, trajs):
         logp[rows.index] = layout_predict(model, rows)[0]
     return logp
-
-
-def exchange_pruned(traj):
-    """The same trajectory with other words where the last turn does not look: in all turns but the
-    last two."""
-    turns = []
-    for turn in traj.turns[:-2]:
-        turns.append(Turn(others(turn.context), others(turn.written), others(turn.info)))
-    for turn in traj.turns[-2:-1]:
-        turns.append(Turn(others(turn.context), turn.written, turn.info))
-    return replace(traj, turns=turns + traj.turns[-1:])
-
-
-def others(ids):
-    """Another word for each word; tags and the number of tokens stay.
-
-    >>> ENC.decode(others([*ENC.encode_ordinary(" #0 heir"), mem1.INFO]))
-    ' #1 rival<info>'
-    """
-    first, end = 256, TASK  # words are between the bytes and the tags
-    return [i if i in TAG_IDS else first + (i + 1 - first) % (end - first) for i in ids]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -307,15 +273,14 @@ def main(argv=None):
 
     results = {name: {} for name in LAYOUTS}
     if not args.json:
-        print(f"{'layout':9s} {'N':>3s} {'mean nats':>10s} {'max nats':>9s} {'leak':>9s} "
-              f"{'tokens':>7s}   mean nats at turn {', '.join(map(str, TURNS))}")
+        print(f"{'layout':9s} {'N':>3s} {'mean nats':>10s} {'max nats':>9s}   "
+              f"mean nats at turn {', '.join(map(str, TURNS))}")
     for n in args.objectives:
         for name, (r, by_turn) in measure(model, cfg, n, args.episodes, bool(args.run)).items():
             results[name][str(n)] = r
             if not args.json:
                 print(f"{name:9s} {n:3d} {r['mean_nats']:10.1e} {r['max_nats']:9.1e} "
-                      f"{r['leak']:9.1e} {r['tokens']:7.0f}   "
-                      f"{' '.join(f'{nats:.0e}' for nats in by_turn.values())}")
+                      f"  {' '.join(f'{nats:.0e}' for nats in by_turn.values())}")
     if args.json:
         print(json.dumps(results))
     return results

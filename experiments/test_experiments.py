@@ -68,9 +68,7 @@ def test_only_the_exact_layout_is_what_acted(run, capsys):
     assert list(found) == ["exact", "stitched", "released"]
     for n in "2", "4":
         exact, stitched, released = (cells[n] for cells in found.values())
-        assert exact["leak"] == 0.0 < stitched["leak"]
-        assert 1e-3 < stitched["mean_nats"] < released["mean_nats"]
-        assert stitched["tokens"] == released["tokens"] < exact["tokens"]
+        assert exact["max_nats"] < 1e-6 < 1e-3 < stitched["mean_nats"] < released["mean_nats"]
     assert printed(layouts.main, [run, "--episodes", 3], capsys)["exact"]["16"]["max_nats"] < 1e-4
 
 
