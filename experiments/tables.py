@@ -14,22 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 
-import envs
-from envs import Stream
-from eval import load_model, load_run, measure, play
-from mem1 import POLICIES, expert, memory_recall
+from eval import load_run
 
-def collect(paths, device):
-    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "memory",
-    "curves", "meta"}. A larger model is called `full-2x`, a run with --demos oracle
-    `mem1-oracle`.
 
-    This also plays mem1: what its state holds at 16 objectives, and its measures at 64, the longest
-    horizon, if the run has indices for it.
-    """
-    one = dict(seeds={}, memory={}, curves={}, meta={})
+def collect(paths):
+    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "curves", "meta"}.
+    A larger model is called `full-2x`, a run with --demos oracle `mem1-oracle`."""
+    one = dict(seeds={}, curves={}, meta={})
     runs = [(Path(path), *load_run(path)) for path in paths]
     if len({cfg.env for _, cfg, _ in runs}) > 1:
         raise ValueError("runs of different worlds")
@@ -57,59 +49,11 @@ def collect(paths, device):
             if row["stage"] == "ppo":
                 point = round(row["reward"], 4), round(row["memory"], 4)
                 curves.setdefault(row["agent"] + variant, []).append(point)
-        if "mem1" in results:
-            for method in "mem1", "mem1-demos":
-                model = load_model(models[method], device)
-                look_closer(one, cfg, model, seed, method + variant)
     return one
 
 
-def memory(trajs, policy):
-    """What the state holds, by turn: {turn: {going, found, held, right, state}}.
-
-        going  share of the episodes that search in this turn
-        found  answers that the agent has asked for and been shown so far
-        held   share of them in its state (an agent that keeps older states need not repeat them)
-        right  share of these turns that are what the demonstrator would write
-        state  tokens in the state
-    """
-    by_turn = {}
-    for traj in trajs:
-        for t, found, held in memory_recall(traj):
-            turn = traj.turns[t]
-            right = turn.written == expert(traj.env, policy, traj.turns[:t])
-            cells = len(found), len(held), right, len(turn.state)
-            by_turn.setdefault(t + 1, []).append(cells)
-    rows = {}
-    for t, cells in sorted(by_turn.items()):
-        found, held, right, state = np.mean(cells, axis=0).tolist()
-        rows[str(t)] = dict(going=len(cells) / len(trajs), found=found, right=right, state=state,
-                            held=held / found if found else 0.0)
-    return rows
-
-
-def memory_table(rows):
-    """What memory() found, as markdown."""
-    cells = []
-    for t, r in rows.items():
-        cells.append([t, f"{r['going']:.0%}", f"{r['found']:.1f}", f"{r['held']:.0%}",
-                      f"{r['right']:.1%}", f"{r['state']:.1f}"])
-    return markdown(["turn", "going", "found", "held", "right", "state"], cells)
-
-
-def look_closer(one, cfg, model, seed, method):
-    """The part of collect() that plays episodes."""
-    policy = POLICIES["mem1"]
-    n, farthest = min(16, envs.longest_horizon(cfg)), min(64, envs.longest_horizon(cfg))
-    episodes = min(64, cfg.eval_episodes)
-    cells = one["seeds"][seed][method]
-    if str(farthest) not in cells:
-        cells[str(farthest)] = measure(model, policy, cfg, farthest, episodes, Stream.TEST)
-    trajs = play(model, policy, cfg, n, range(episodes), Stream.TEST)
-    one["memory"].setdefault(seed, {})[method] = memory(trajs, policy)
-
-
-FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", right=".1%", time=".3f")
+FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", malformed=".1%", right=".1%",
+               time=".3f")
 
 
 def report(one):
@@ -121,9 +65,6 @@ def report(one):
     for name, form in FORMATS.items():
         rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in order]
         tables[name] = markdown([name, *horizons], rows)
-    for seed, agents in one["memory"].items():
-        for method, rows in agents.items():
-            tables[f"memory of {method}, seed {seed}"] = memory_table(rows)
     return tables
 
 
@@ -151,7 +92,7 @@ def readme_table(one):
 def cell(one, method, n, name, form):
     """Mean ± standard deviation over the seeds, as text."""
     rows = [seed.get(method, {}) for seed in one["seeds"].values()]
-    values = [row[str(n)][name] for row in rows if str(n) in row]
+    values = [row[str(n)][name] for row in rows if name in row.get(str(n), {})]
     if not values:
         return ""
     text = f"{np.mean(values):{form}}"
@@ -201,14 +142,13 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     parser.add_argument("--plot", metavar="PNG", help="draw EM, peak and what PPO discovers")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     try:
         if args.runs[0].endswith(".json"):
             one = json.loads(Path(args.runs[0]).read_text())
             if "seeds" not in one:
                 raise ValueError(f"{args.runs[0]} was not made by --json of this script")
         else:
-            one = collect(args.runs, "cpu")
+            one = collect(args.runs)
         if args.plot:
             plot(one, args.plot)
     except (ValueError, OSError, ImportError) as error:  # ImportError: no matplotlib
