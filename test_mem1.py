@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -862,12 +863,12 @@ def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, h
 --nproc 999: nproc; --env shop: --around 0; --env count: --demos oracle; --around 40: around
 --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --workers 999: workers
---ppo-lr nan: ppo-lr; --out {}: holds a run already
+--ppo-lr nan: ppo-lr; --out "": a directory; --out {}: holds a run already
 --out {} --resume --seed 7: drop the flag""".replace("; ", "\n").split("\n"))
 def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
     small = [] if "--resume" in flags else [*TINY, finished / "none"]
-    code, (line,) = run(*small, *flags.split())
+    code, (line,) = run(*small, *shlex.split(flags))
     assert code > 0 and words in line
 
 

@@ -526,6 +526,7 @@ def flag(name):
 def configure(given):
     """A Config from the given fields. An error in one line if they are invalid."""
     cfg = Config(**{**PRESETS[given.get("preset", "cpu")], **given})
+    require(cfg.out, "--out: expected a directory")
     if cfg.resume:
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
