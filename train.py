@@ -544,7 +544,7 @@ def configure(given):
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
     available = gpus if cfg.device == "cuda" else os.cpu_count()
-    if "WORLD_SIZE" in os.environ:  # started by torchrun, or by launch()
+    if dist.is_torchelastic_launched():  # by torchrun, or by launch()
         cfg.nproc = int(os.environ["WORLD_SIZE"])
     else:
         cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
@@ -616,7 +616,7 @@ def main(argv=None):
     """Train, in this process or in several."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
-    if cfg.nproc > 1 and "WORLD_SIZE" not in os.environ:
+    if cfg.nproc > 1 and not dist.is_torchelastic_launched():
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
     if cfg.device == "cuda":
