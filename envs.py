@@ -99,7 +99,7 @@ class Env:
     golds          [(index, answer), ...], the right answers
     paths          {index: facts that lead to the answer}, if any
     n_questions    in the prompt; the agent's n_objectives are a piece of them: see take_piece()
-    turns_per_hop  how many are enough
+    turns_per_hop  turns allowed per hop
     longest        most objectives
     needs          the flags {name: value} that train.py must be given
     extra_words    that are to be tokens, besides WORDS
@@ -199,7 +199,7 @@ class ComposedQA(Env):
         >>> env.answers_shown(" pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")
         {('#64', 'jero')}
         """
-        asked_for = set(words(query)) - {"page"}
+        asked_for = set(words(query))
         found = set()
         for index, path in self.paths.items():
             subject, relation, answer = path[-1].split()
@@ -247,7 +247,7 @@ def invent(indices, hops, rng):
     return questions, [triples[i] for i in rng.permutation(len(triples))]
 
 
-# --- The search tool, and where worlds are found
+# --- The search tool; worlds by name
 
 
 class SearchIndex:
@@ -392,9 +392,9 @@ def random_notes(rng, seen, state, kind, text):
     """The same turn (state, kind, text) as written by a demonstrator whose notes are random.
 
     It searches, carries on its list and answers like oracle_notes(). But when it leaves a question,
-    it notes the index with a name picked at random from the facts in view, which is the answer one
-    time in six. So imitation teaches how to note, but not what is worth noting: that is left to the
-    reward.
+    it notes a name picked at random from the facts in view, which is the answer one time in six.
+    (The last question goes straight into the answer, and is right.) So imitation teaches how to
+    note, but not what is worth noting: that is left to the reward.
 
     >>> seen = ("<IS> ; #63 pali #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
@@ -454,7 +454,7 @@ def entries(answers):
 
 
 def primer(rng, longest, more=()):
-    """One exercise in reading, on random words: (text, [(words, are they trained), ...]).
+    """One exercise in reading, on random words: (text, [(part, is_trained), ...]).
 
     What a pretrained language model can do and random weights cannot: copy a list, edit it while
     copying, look things up, pick any of several. Lists have 2 to `longest` items; `more` are words

@@ -12,8 +12,8 @@ from keys that no training and no validation episode has.
     dependency  tokens each written token looked back on, summed, prompt not counted (app. A.4)
     turns       exchanges with the environment
     malformed   share of episodes that end in a malformed turn, or one cut off at the length limit
-    right       share of turns that are, word for word, what the demonstrator would write, given
-                what the agent saw
+    right       share of turns that equal, token for token, what the demonstrator with oracle notes
+                would write, given what the agent saw
     time        seconds per episode, many played side by side
 """
 import argparse
@@ -50,7 +50,7 @@ def load_checkpoint(out):
             raise ValueError("it has other contents")
     except Exception as error:  # what is in a foreign file may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is no whole checkpoint of ours: {reason}")
+        raise ValueError(f"{path} is not an intact checkpoint of this code: {reason}")
     return state
 
 
@@ -80,7 +80,7 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
     rngs = None
     if sampled:
         rngs = [keyed_rng(0, split, n_objectives, i, 2) for i in which]
-    return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # they get long
+    return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # bounds the cache
 
 
 def measures(traj, policy):
@@ -140,7 +140,7 @@ def trend(results):
     """The paper's headline, at the farthest horizon up to 16: mem1 against full context."""
     n = max((int(n) for n in results.get("full", {}) if int(n) <= 16), default=None)
     if n is None or "mem1" not in results:
-        return "this run does not have both mem1 and full: nothing to compare"
+        return "no comparison: that needs mem1 and full, at 16 objectives or fewer"
     a, b = results["mem1"][str(n)], results["full"][str(n)]
     times = f": {a['em'] / b['em']:.1f} times the accuracy" if b["em"] else ""
     return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}{times}, "
@@ -185,7 +185,7 @@ def show(traj, policy):
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes whole flags only, and refuses bad ones in one line."""
+    """No abbreviated flags; errors in one line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,

@@ -2,7 +2,7 @@
 
     B batch, T tokens, L tokens to look back on, C channels, nh heads, hs head size, V vocabulary
 
-One forward pass serves both sides of reinforcement learning, so that they cannot disagree:
+One forward pass serves sampler and learner, so they agree up to rounding:
     the learner   model(ids)          whole rows, right-padded, causal attention
     the sampler   model(ids, cache)   a few new tokens per row, after those in the cache
 
@@ -10,8 +10,8 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
 1) a causal convolution over queries and keys, which starts as an induction head (arXiv 2209.11895):
    a query finds what followed its last three words earlier. So copying and looking up need not
    emerge, only be refined;
-2) forget gates (arXiv 2503.02130) instead of positions: how far back a token seems to stand depends
-   on what was written since. So an old state can be told from the last, at any length;
+2) forget gates (arXiv 2503.02130) instead of positions: a token's age is what the gates
+   added since, so the latest state stands out at any length;
 3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
    biases but those of the gates and the value head.
 """
@@ -22,12 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 WIDTH = 4  # of the convolution: a token and the three before it
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and ours vary
+torch.backends.cuda.enable_cudnn_sdp(False)  # it re-plans for every shape, and ours vary
 
 
 @dataclass
 class GPTConfig:
-    """What a model is made of."""
+    """Model hyperparameters."""
     vocab_size: int
     n_layer: int = 4
     n_head: int = 2
@@ -94,12 +94,12 @@ class Block(nn.Module):
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
         # A head start for lookup (after arXiv 2305.09828): queries match similar keys, and what is
-        # read is passed on unchanged.
+        # read is passed on roughly unchanged.
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
         self.proj.weight.data.copy_(0.3 * v.T)
         # A query is made of the last three words, a key of the three before its own, so in "a b c
-        # ... a b" the last b finds c. Earlier words count less, each head at its own rate.
+        # ... a b" the last b finds c. Earlier words count less, except in the last head.
         fade = torch.linspace(0.5, 1, self.n_head).repeat_interleave(C // self.n_head)  # (C,)
         three = torch.stack([fade**2, fade, fade**0])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
@@ -176,7 +176,7 @@ class Cache:
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
-        self.longest = 0  # no row is longer
+        self.longest = 0  # upper bound on the row lengths
 
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""

@@ -68,7 +68,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
             which = [mine.index(e) for e in chosen if e in mine]
             played, reading = make_rows(trajs, cfg.micro_batch, which), []
-            if cfg.exercises:  # a little of the primer, or reading skills erode
+            if cfg.exercises:  # a little of the primer
                 reading = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
             n_played, n_reading = token_count(played, device), token_count(reading, device)
             final = (reading or played)[-1]

@@ -13,7 +13,7 @@ cannot, hence the first stage:
     demos    imitation: the format, how to search, how to carry on a list. mem1 imitates random
              notes (envs.random_notes), the others oracle notes
     ppo      reward: that answers are worth noting down
-In the last two, most tasks are pieces of longer ones: see training_task().
+In demos and ppo, most tasks are pieces of longer ones: see training_task().
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
 uninterrupted one bit for bit, and any number of processes plays the same episodes.
@@ -74,7 +74,7 @@ class Config:
     env: str = "qa"  # qa, or a world of experiments/: web, count, shop, cue
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    around: int = 4  # most questions before the agent's own in training; 0: whole tasks
+    around: int = 4  # most questions before the agent's own, and usually after; 0: whole tasks
     most_questions: int = 64  # in a training prompt, and what the largest turn budget is for
     # model
     n_layer: int = 4
@@ -130,7 +130,8 @@ CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                demos=["random", "oracle"])
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
-LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2)  # others: 1
+# Else from 1 (integers) or 0 to a billion.
+LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2)
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
@@ -140,7 +141,7 @@ HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
 def train_stage(run, kind, agent, name, base):
     """Train model `name` from where the run stands, beginning with the weights of `base`, if any.
 
-    The last weights are the result: to choose by validation would use a horizon not trained on.
+    Keeps the last weights: selecting by em@16 would tune on an untrained horizon.
     """
     cfg, state = run.cfg, run.state
     steps, lr = getattr(cfg, f"{kind}_steps"), getattr(cfg, f"{kind}_lr")
@@ -179,15 +180,15 @@ def train_stage(run, kind, agent, name, base):
         if is_due and agent:
             row.update(validate(model, agent, cfg))
         log(run, kind, agent, step, row)
-        number = torch.tensor(run.signal, device=cfg.device)
-        number = int(ppo.all_max(number))  # all processes stop after the same step
-        if number or is_due:
+        stop = torch.tensor(run.signal, device=cfg.device)
+        stop = int(ppo.all_max(stop))  # all processes stop after the same step
+        if stop or is_due:
             state.update(stage=name, step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict())
             save(run)
-        if number:
+        if stop:
             print0(f"stopped after step {step}/{steps} of {name}; {resume_hint(cfg)}")
-            sys.exit(128 + number)
+            sys.exit(128 + stop)
         began = time.perf_counter()
 
     # 3. Keep a copy of the model.
@@ -198,7 +199,7 @@ def train_stage(run, kind, agent, name, base):
 
 
 def gpt_config(cfg):
-    """What the model that this run trains is made of."""
+    """The GPTConfig of this run."""
     return GPTConfig(ENC.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dtype == "bfloat16")
 
 
@@ -236,7 +237,7 @@ def set_lr(optimizer, lr, step, steps, warmup):
 
 
 def step_data(cfg, kind, agent, step):
-    """What a step of a stage trains on, in this process: Rows, or in PPO environments."""
+    """What a step of a stage trains on, in this process: Rows; for PPO, environments."""
     if kind == "ppo":
         return [training_task(cfg, agent, Stream.PPO, step, i) for i in share(cfg.ppo_batch)]
     if kind == "primer":
@@ -273,17 +274,17 @@ def on_signal(handler):
 def training_task(cfg, agent, stream, step, i):
     """The environment of one episode: most of the time a piece of a longer task.
 
-    before + n + after questions stand in the prompt. The demonstrator has dealt with the first,
-    under this agent's context policy and with its kind of notes; that is env.history. The agent is
-    scored on the next n alone. If questions come after, the turns run out. So cfg.around bounds the
-    answers to be remembered, and cfg.most_questions the prompt:
+    The prompt has before + n + after questions. The demonstrator has played the first ones under
+    this agent's policy and notes (env.history). The agent is scored on the next n only; if more
+    follow, its turns run out there. cfg.around bounds what to remember, cfg.most_questions the
+    prompt:
 
     >>> tasks = [training_task(Config(), "mem1", Stream.PPO, 0, i) for i in range(200)]
     >>> {env.n_objectives for env in tasks}, max(env.n_questions for env in tasks)
     ({2}, 61)
     """
     rng = keyed_rng(cfg.seed, stream, step, i, 1)
-    n = cfg.objectives[1]  # in PPO all are of one size, or returns would differ mostly by that
+    n = cfg.objectives[1]  # PPO: one size, or returns would vary mostly with n
     if stream == Stream.DEMOS:
         n = int(rng.integers(cfg.objectives[0], n + 1))
     before, after = 0, 0
@@ -296,9 +297,9 @@ def training_task(cfg, agent, stream, step, i):
         after = int(rng.integers(most - before - n + 1))
     env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
 
-    # The turn budget: what the whole task gets; in some demonstrations less, to show what to do
-    # when the turns run out; often much more, so that the agent has seen every number of turns left
-    # that it may be told on a long horizon.
+    # The turn budget. If questions follow: just enough for the agent's own. Else the whole task's,
+    # in some demonstrations less, to show what to do when turns run out, and often more, so that
+    # the agent has seen every "left=" that it meets on a long horizon.
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
     done = sum(needed[:before])
@@ -318,7 +319,7 @@ def training_task(cfg, agent, stream, step, i):
 
 
 def notes_rng(cfg, agent, rng):
-    """rng if this agent imitates random notes. Those that mem1 is compared with get better ones."""
+    """rng if this agent imitates random notes, else None: oracle notes, for strong baselines."""
     return rng if cfg.demos == "random" and agent == "mem1" else None
 
 
@@ -345,7 +346,7 @@ class Run:
         """On a signal: finish the step and save. On a second one, a second later: end at once."""
         if not self.signal:
             self.signal, self.signal_time = number, time.perf_counter()
-        elif time.perf_counter() > self.signal_time + 1:  # not the same one, forwarded
+        elif time.perf_counter() > self.signal_time + 1:  # the launcher may forward the same one
             os._exit(128 + number)
 
     @property
@@ -363,7 +364,7 @@ def stages(cfg):
 
 
 def log(run, kind, agent, step, row):
-    """Write a step to metrics.jsonl; print it, unless it is one of many alike."""
+    """Append a step to metrics.jsonl; print every step of PPO, else every 50th and the last."""
     minutes = (time.perf_counter() - run.started) / 60
     row = dict(stage=kind, agent=agent, step=step, minutes=minutes, **row)
     if rank() == 0:
@@ -560,13 +561,13 @@ def configure(given):
 
 
 def require(condition, message):
-    """Refuse what a user gave, in one line."""
+    """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def check(cfg):
-    """Refuse what the flags' types allow but a run does not. ValueError in one line."""
+    """Range and consistency checks beyond the flags' types. ValueError in one line."""
     for f in dataclasses.fields(Config):
         value = getattr(cfg, f.name)
         for one in value if f.type is tuple else [value]:

@@ -50,12 +50,11 @@ class World(Env):
         answers = read_answers(seen)
         if "answer now" in seen or seen.endswith(STOP):
             return STOP, "answer", entries(answers)
-        newest = [*answers.items()][-1:]
-        state = entries(dict(newest)) if fresh else entries(answers)
-        return state, "query", ""
+        noted = dict([*answers.items()][-1:]) if fresh else answers
+        return entries(noted), "query", ""
 
     def random_notes(self, seen, rng):
-        """The same, but what it notes down while it searches is any of the four words."""
+        """Like expert(), but each new note is one of the four words at random."""
         state, kind, text = self.expert(seen)
         if state and kind == "query":
             *words, _ = state.split()

@@ -3,7 +3,7 @@
     python experiments/layouts.py             # random weights, on episodes of the demonstrator
     python experiments/layouts.py runs/cpu    # the trained mem1 agent of a run, on its own episodes
     python experiments/layouts.py runs/cpu --json
-    python experiments/layouts.py --train stitched --start runs/cpu --agents mem1 --out runs/stitched
+    python experiments/layouts.py --train stitched --start runs/cpu --agents mem1 --out runs/stitch
 
 `exact` is ours: one row a turn (mem1.py). `stitched` is the paper's: one copy of every token in one
 row, under a 2-D mask. `released` is what the mask of the published code would be, were it applied.

@@ -113,6 +113,9 @@ class World(ComposedQA):
             text = f"page {hint[1]}"
         return state, kind, text
 
+    def answers_shown(self, query, info):
+        return super().answers_shown(query.strip().removeprefix("page "), info)
+
     def search(self, query):
         query = " ".join(words(query)[:64])
         if query not in self.tried:
