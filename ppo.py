@@ -126,7 +126,7 @@ def clip_and_step(model, optimizer, grad_clip):
     FloatingPointError in all processes, before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
-        raise FloatingPointError("the loss or its gradient is not finite: lower the learning rate")
+        raise FloatingPointError("a gradient is not finite: start again with a lower learning rate")
     optimizer.step()
     return norm
 

@@ -129,9 +129,12 @@ PRESETS = {
 CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
                dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
                demos=["random", "oracle"])
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
+LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
-LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2)
+LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2, grad_clip=1e-9,
+              primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
@@ -266,7 +269,7 @@ def steps_left(cfg, kind, agent, numbers):
 
 def on_signal(handler):
     """What SIGINT, SIGTERM and SIGHUP do from now on, unless they are ignored, as under nohup."""
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -415,14 +418,18 @@ def save(run):
             run.state["log_bytes"] = file.tell()
         buffer = io.BytesIO()  # torch.save() reports a full disk as something else
         torch.save(run.state, buffer)
-        path = Path(run.cfg.out) / "checkpoint.pt"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+        write_atomically(Path(run.cfg.out) / "checkpoint.pt", buffer.getbuffer())
     if dist.is_initialized():
         dist.barrier()
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary file, flush it to disk, then rename it."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def print0(line):
@@ -491,7 +498,7 @@ def train(cfg):
                 commit=state["commit"], torch=torch.__version__)
     if rank() == 0:
         text = json.dumps({**results, "meta": meta}, indent=1)
-        (Path(cfg.out) / "results.json").write_text(text)
+        write_atomically(Path(cfg.out) / "results.json", text.encode())
         if {"mem1", "mem1-demos"} <= set(done):
             show_change(done, cfg)
         print(trend(results))
@@ -531,9 +538,9 @@ def configure(given):
     if cfg.resume:
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
-        config = load_checkpoint(cfg.out)["config"]
-        require(set(config) == set(vars(cfg)), f"--out {cfg.out}: a run of another train.py")
-        cfg = Config(**{**config, **given})
+        state = load_checkpoint(cfg.out)
+        require(set(state["config"]) == set(vars(cfg)), f"--out {cfg.out}: of another train.py")
+        cfg = Config(**{**state["config"], "out": cfg.out, **given})
     else:
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
                 f"--out {cfg.out} holds a run already: add --resume, or choose another")
@@ -551,12 +558,19 @@ def configure(given):
         cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
         require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
     check(cfg)
-    if cfg.start and not cfg.resume:
-        ENC.add(envs.world(cfg.env).extra_words)
+
+    # Do the models that the run goes on with fit?
+    names = []
+    if cfg.resume:
+        names, models, source = state["models"], state["models"], f"--out {cfg.out}"
+    elif cfg.start:
+        names, source = [base for *_, base in stages(cfg)], f"--start {cfg.start}"
         models = load_checkpoint(cfg.start)["models"]
-        for *_, base in stages(cfg):
-            fits = base in models and GPTConfig(**models[base]["config"]) == gpt_config(cfg)
-            require(fits, f"--start {cfg.start}: no {base} of this size, dtype and vocabulary")
+    if names:
+        ENC.add(envs.world(cfg.env).extra_words)
+    for name in names:
+        fits = name in models and GPTConfig(**models[name]["config"]) == gpt_config(cfg)
+        require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
 
 
@@ -599,18 +613,23 @@ def check(cfg):
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
     logging.disable()  # the messages below are enough
+    heeded = []  # the launcher would handle ignored signals as well
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            heeded.append(number.name)
     try:
         torch.distributed.run.main(  # 120 seconds to finish and save
-            ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120", "--",
-             __file__, *argv])
+            ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120",
+             f"--signals-to-handle={','.join(heeded)}", "--", __file__, *argv])
     except SignalException as error:
         on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
-        code = min(failure.exitcode for failure in error.failures.values())
-        if code > 0:
-            sys.exit(code)  # it has said why
-        sys.exit(f"train.py: a process died of signal {-code}; {resume_hint(cfg)}")
+        codes = {failure.exitcode for failure in error.failures.values()}
+        said = [code for code in codes if code > 0 and code != LOST]
+        if said:
+            sys.exit(min(said))  # it has said why, and the launcher ended the others
+        sys.exit(f"train.py: a process died (exit codes {sorted(codes)}); {resume_hint(cfg)}")
 
 
 def main(argv=None):
@@ -632,7 +651,8 @@ def main(argv=None):
         with locked(cfg.out):
             train(cfg)
     except (FloatingPointError, OSError) as error:
-        print(f"train.py: {error}; {resume_hint(cfg)}", file=sys.stderr, flush=True)
+        hint = "" if isinstance(error, FloatingPointError) else f"; {resume_hint(cfg)}"
+        print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others
         sys.exit(1)
@@ -641,7 +661,7 @@ def main(argv=None):
         lost = re.search("gloo|nccl|connection|timed out", str(error), re.I)
         if not dist.is_initialized() or not lost or f"{os.sep}torch{os.sep}" not in where:
             raise
-        os._exit(1)  # another process died, and the launcher says so
+        os._exit(LOST)  # the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -239,7 +239,7 @@ def train_under(name, flags):
 
     if name != "exact":
         ppo.rollout, ppo.make_rows, ppo.predict = played, rows, layout_predict
-    train.main(["--nproc", "1", *flags])
+    train.main([*flags, "--nproc", "1"])
 
 
 def main(argv=None):
