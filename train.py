@@ -76,6 +76,7 @@ class Config:
     hops: tuple = (1, 2)  # fewest and most relations in a question
     around: int = 4  # most questions before the agent's own, and usually after; 0: whole tasks
     most_questions: int = 64  # in a training prompt, and what the largest turn budget is for
+    long_prompts: float = 0.1  # share of training tasks with any number of questions in the prompt
     # model
     n_layer: int = 4
     n_head: int = 2  # two wide ones did better than four on long lists
@@ -135,7 +136,7 @@ MAY_CHANGE = "out resume device nproc".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2, grad_clip=1e-9,
               primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
-HIGHEST = dict(gamma=1, lam=1, clip=0.99, primer_lr=1, demos_lr=1, ppo_lr=1,
+HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
 # --- Training
@@ -295,7 +296,7 @@ def training_task(cfg, agent, stream, step, i):
         before = int(rng.integers(cfg.around + 1))
     if rng.random() < 0.4:
         after = int(rng.integers(cfg.around + 1))
-    if cfg.around and rng.random() < 0.1:  # a prompt of any length
+    if cfg.around and rng.random() < cfg.long_prompts:
         most = min(cfg.most_questions, envs.longest_horizon(cfg))
         after = int(rng.integers(most - before - n + 1))
     env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
