@@ -328,6 +328,8 @@ def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
         traj.add_turn(traj.next_context(keep_last), [*state, QUERY, *query, END])
     assert [(len(f), len(h)) for _, f, h in memory_recall(traj)] == held
     assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
+    del traj.turns[1:]
+    assert ppo.mean_over_episodes([traj])["memory"] == 0.0  # nothing was found yet
 
 
 def test_no_tensor_is_made_on_another_device(monkeypatch):
