@@ -185,11 +185,11 @@ def memory_recall(traj):
     """
     found, rows = set(), []
     for t, turn in enumerate(traj.turns):
-        kind, state, query = parse(turn.written)
+        kind, state, text = parse(turn.written)
         if kind == "query":
             entries = set(re.findall(envs.ENTRY, ENC.decode(state)))
             rows.append((t, set(found), found & entries))
-        found |= traj.env.answers_shown(query, ENC.decode(turn.info))
+        found |= traj.env.answers_shown(text, ENC.decode(turn.info))
     return rows
 
 
@@ -328,13 +328,14 @@ def rollout(model, environments, policy, rngs=None, batch=64):
     pairs.sort(key=lambda pair: len(pair[0].prompt))  # little padding
     for i in range(0, len(pairs), batch):
         some, some_rngs = zip(*pairs[i : i + batch])
-        rollout_batch(model, some, some_rngs, policy)
+        rollout_batch(model, some, policy, some_rngs)
     return trajs
 
 
 @torch.no_grad()
-def rollout_batch(model, trajs, rngs, policy):
-    """Play some trajectories side by side, from their first turn to their last."""
+def rollout_batch(model, trajs, policy, rngs):
+    """Play some trajectories side by side, from their first turn to their last. rngs: one each; all
+    None to play greedily."""
     weight = model.emb.weight
     started = time.perf_counter()
     cache = Cache(model, len(trajs))

@@ -109,7 +109,7 @@ def nll(model, rows):
     return -logp.sum() + 0.0 * value.sum()
 
 
-def no_sync(model, unless=False):
+def no_sync(model, unless):
     """Accumulate gradients locally; DDP averages them in the last micro-batch of a step."""
     if unless or not dist.is_initialized():
         return contextlib.nullcontext()

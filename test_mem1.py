@@ -888,7 +888,20 @@ def test_python_without_assertions_refuses_as_well(finished):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_a_path_with_spaces_is_quoted():
+def test_a_run_does_not_go_on_from_models_or_settings_that_do_not_fit(finished, tmp_path):
+    assert run(*TINY, tmp_path / "a", "--start", finished, "--n-embd", 96, "--ppo-steps", 1)[0] == 2
+    for number, (name, value) in enumerate([("n_embd", 96), ("unknown", 1)]):
+        state = evaluation.load_checkpoint(finished)
+        state["config"][name] = value
+        (tmp_path / str(number)).mkdir()
+        torch.save(state, tmp_path / str(number) / "checkpoint.pt")
+        code, (line,) = run("--resume", "--out", tmp_path / str(number))
+        assert code == 2 and ("size" if name == "n_embd" else "another train.py") in line
+
+
+def test_a_rank_without_a_launcher_means_nothing_and_a_path_with_spaces_is_quoted(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert train.configure(dict(preset="debug", out="/none")).nproc == 1 and ppo.rank() == 0
     assert "--out 'my runs/a b' " in train.resume_hint(train.Config(out="my runs/a b"))
 
 

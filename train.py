@@ -7,8 +7,8 @@
     python train.py --out runs/cpu --resume      # continue an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # PPO only, from imitated agents
 
-Three stages. Qwen2.5-7B, which the paper starts from, can read; random weights
-cannot, hence the first stage:
+Three stages. Qwen2.5-7B, which the paper starts from, can read; a model from scratch cannot, hence
+the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation: the format, how to search, how to carry on a list. mem1 imitates random
              notes (envs.random_notes), the others oracle notes

@@ -25,8 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 import ppo
 import train
 from envs import words
@@ -86,7 +84,6 @@ def main(argv=None):
     except OSError as error:
         sys.exit(f"rewards.py: {paid} cannot be written: {error}")
 
-    torch.set_num_threads(1)
     ppo.turn_rewards = functools.partial(turn_rewards, name)
     train.main(flags)
 

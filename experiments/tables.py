@@ -8,6 +8,7 @@ Needs matplotlib for --plot.
 """
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def report(one):
 README_AGENTS = {"mem1-demos": "mem1, random notes imitated",
                  "mem1-demos-sampled": "mem1, random notes imitated, sampled",
                  "mem1": "mem1, after PPO", "mem1-sampled": "mem1, after PPO, sampled",
-                 "mem1-demos-oracle": "mem1, oracle notes imitated", "full": "full context",
+                 "mem1-demos-oracle": "mem1, oracle notes imitated",
+                 "full-demos": "full context, oracle notes imitated",
+                 "full": "full context, after PPO",
                  "full-list": "full context that lists all",
                  "full-2x": "full context, twice the weights"}
 
@@ -164,4 +167,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
