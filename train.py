@@ -93,7 +93,7 @@ class Config:
     demos_lr: float = 3e-3
     demos: str = "random"  # notes that mem1 imitates; the other agents imitate oracle notes
     # ppo
-    ppo_steps: int = 60
+    ppo_steps: int = 60  # 0: imitation only
     ppo_batch: int = 128  # episodes per step
     ppo_epochs: int = 2
     ppo_minibatches: int = 2
@@ -134,8 +134,8 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
 LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
-LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, primer_longest=2, grad_clip=1e-9,
-              primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
+LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, ppo_steps=0, primer_longest=2,
+              grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
@@ -363,7 +363,8 @@ def stages(cfg):
     found = [("primer", None, "primer", None)]
     for agent in cfg.agents:
         found.append(("demos", agent, f"{agent}-demos", "primer"))
-        found.append(("ppo", agent, agent, f"{agent}-demos"))
+        if cfg.ppo_steps:
+            found.append(("ppo", agent, agent, f"{agent}-demos"))
     return [stage for stage in found if stage[0] == "ppo" or not cfg.start]
 
 
@@ -493,7 +494,8 @@ def train(cfg):
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signal:
         sys.exit(128 + run.signal)
-    results = table(done, cfg, methods(done), cfg.eval_episodes, print0)
+    trained = {name: done[name] for _, _, name, _ in stages(cfg)}
+    results = table(trained, cfg, methods(trained), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes,
                 commit=state["commit"], torch=torch.__version__)
@@ -599,6 +601,7 @@ def check(cfg):
         require(fits, f"--{name} {value}: expected e.g. 1 2")
     require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
             f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
+    require(cfg.ppo_steps or not cfg.start, "--start: PPO only, so not with --ppo-steps 0")
     require(cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch")
     longest = envs.longest_horizon(cfg)
     needs = envs.world(cfg.env).needs
