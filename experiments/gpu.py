@@ -1,18 +1,17 @@
 """gpu.py: does a GPU compute what the CPU does? Any run on a GPU relies on this.
 
     python experiments/gpu.py                         # all parts
-    python experiments/gpu.py smoke exact resume      # some
+    python experiments/gpu.py exact resume            # some
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 
-    smoke   the debug preset and eval.py finish without an error
     exact   sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens
             of the same episodes the same log-probability: the largest difference in nats, and the
             share of ratios outside 1 +- 0.2
     ddp     one PPO step in a process group of one (NCCL) changes the weights as one without
     resume  the debug preset, interrupted and resumed: does it log what the uninterrupted run logs?
-    learn   the cpu preset for mem1, in float32 and in bfloat16: minutes, EM, gap
 
-A part that fails is reported, and the others go on. How fast a GPU is: gpu_speed.py.
+A part that fails is reported, and the others go on. How fast a GPU is: gpu_speed.py. Does it learn?
+python train.py --device cuda, with --dtype float32 and without.
 """
 import argparse
 import json
@@ -111,12 +110,6 @@ def random_agent(size, device):
 # The parts: each returns what it found, {what: finding}
 
 
-def smoke(args, folder):
-    script("train.py", *debug_flags(args, folder / "debug"))
-    script("eval.py", folder / "debug", "--device", args.device, "--show", 1)
-    return {"train.py and eval.py": "finish without an error"}
-
-
 def exact(args, folder):
     found = {}
     for size in ["0.5M"] if args.quick else ["0.5M", "25M"]:
@@ -184,25 +177,7 @@ def resume(args, folder):
     return {"exit code when interrupted": run.returncode, "difference in the log": f"{off:.1e}"}
 
 
-def learn(args, folder):
-    found = {}
-    for dtype in "float32", "bfloat16":
-        out = folder / dtype
-        flags = debug_flags(args, out)
-        if not args.quick:
-            flags += ["--preset", "cpu", "--nproc", 1, "--workers", 4, "--play-batch", 256]
-            flags += ["--micro-batch", 65536]
-        started = time.perf_counter()
-        script("train.py", *flags, "--dtype", dtype)
-        minutes = (time.perf_counter() - started) / 60
-        results = json.loads((out / "results.json").read_text())
-        em = ", ".join(f"{row['em']:.2f} of {n}" for n, row in results["mem1"].items())
-        gap = max(row["gap"] for row in logged(out) if row["stage"] == "ppo")
-        found[dtype] = f"{minutes:.1f} minutes, largest gap {gap:.0e}, EM {em}"
-    return found
-
-
-PARTS = dict(smoke=smoke, exact=exact, ddp=ddp, resume=resume, learn=learn)
+PARTS = dict(exact=exact, ddp=ddp, resume=resume)
 
 
 def main(parts):

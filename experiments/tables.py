@@ -1,12 +1,14 @@
-"""tables.py: the tables and the plot of several runs.
+"""tables.py: the tables and figures of several runs.
 
-    python experiments/tables.py runs/*-seed-?                  # all tables, as markdown
-    python experiments/tables.py runs/*-seed-? --json > assets/results.json
+    python experiments/tables.py runs/L4*-seed-? --json > assets/results.json
+    python experiments/tables.py assets/results.json         # all tables, as markdown
     python experiments/tables.py assets/results.json --plot assets/scaling.png
+    python experiments/tables.py runs/L*-seed-? --exposure --json > assets/exposure.json
+    python experiments/tables.py assets/exposure.json --exposure --plot assets/exposure.png
 
-Needs matplotlib for --plot.
+A cell is the mean over the seeds ± half of its 95% interval (t distribution). Needs matplotlib for
+--plot.
 """
-import argparse
 import json
 import signal
 import sys
@@ -16,93 +18,140 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from eval import load_run
+from eval import Parser, load_run
+
+MEASURES = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", turns=".1f", malformed=".1%",
+                right=".1%", time=".3f")
+METHODS = {
+    "mem1-demos": "mem1, random notes imitated",
+    "mem1-demos-sampled": "mem1, random notes imitated, sampled",
+    "mem1": "mem1, after PPO",
+    "mem1-sampled": "mem1, after PPO, sampled",
+    "mem1-demos-oracle": "mem1, oracle notes imitated",
+    "full-demos": "full context, oracle notes imitated",
+    "full": "full context, after PPO",
+    "full-list-demos": "full context that lists all, oracle notes imitated"}
+EXPOSURE = {  # agents of exposure.json
+    "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
+    "mem1-random": "mem1-demos", "mem1-random-ppo": "mem1", "mem1-ppo": "mem1-oracle",
+    "full-ppo": "full", "full-list-ppo": "full-list"}
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # of n seeds, two-sided
 
 
 def collect(paths):
-    """Finished runs as one: {"seeds": {seed: {method: {objectives: measures}}}, "curves", "meta"}.
-    A larger model is called `full-2x`, a run with --demos oracle `mem1-oracle`."""
-    one = dict(seeds={}, curves={}, meta={})
+    """Finished runs as one: {"methods": {method: {seed: {objectives: measures}}}, "curves", "meta"}.
+    A larger model is called `full-2x`; mem1 of a run with --demos oracle, `mem1-oracle`."""
     runs = [(Path(path), *load_run(path)) for path in paths]
-    if len({cfg.env for _, cfg, _ in runs}) > 1:
-        raise ValueError("runs of different worlds")
     sizes = []
     for _, _, models in runs:
         weights = next(iter(models.values()))["weights"]
         sizes.append(sum(w.numel() for w in weights.values()))
-    for (path, cfg, models), size in zip(runs, sizes):
+    same = {(cfg.env, cfg.around) for _, cfg, _ in runs}
+    if len(same) > 1:
+        raise ValueError("runs of different worlds, or with different --around")
+    one = dict(methods={}, curves={}, meta={})
+    for (path, cfg, _), size in zip(runs, sizes):
         if not (path / "results.json").is_file():
             raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
-        times = round(size / min(sizes))
-        variant = f"-{times}x" if times > 1 else ""
-        variant += "-oracle" if cfg.demos == "oracle" else ""
         results = json.loads((path / "results.json").read_text())
         one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
-        seed = str(cfg.seed)
-        mine = one["seeds"].setdefault(seed, {})
+        larger, seed = round(size / min(sizes)), str(cfg.seed)
         for method, cells in results.items():
-            if method + variant in mine:
-                raise ValueError(f"{path}: a second run of seed {seed} with {method}{variant}")
-            mine[method + variant] = cells
-        curves = one["curves"].setdefault(seed, {})
+            name = full_name(method, cfg, larger)
+            mine = one["methods"].setdefault(name, {})
+            if seed in mine:
+                raise ValueError(f"{path}: a second run of seed {seed} with {name}")
+            mine[seed] = cells
         for line in (path / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["stage"] == "ppo":
                 point = round(row["reward"], 4), round(row["memory"], 4)
-                curves.setdefault(row["agent"] + variant, []).append(point)
+                name = full_name(row["agent"], cfg, larger)
+                one["curves"].setdefault(name, {}).setdefault(seed, []).append(point)
     return one
 
 
-FORMATS = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", malformed=".1%", right=".1%",
-               time=".3f")
+def full_name(method, cfg, larger):
+    """A method's name among those of other runs."""
+    if larger > 1:
+        method += f"-{larger}x"
+    if cfg.demos == "oracle" and method.startswith("mem1"):
+        method += "-oracle"
+    return method
 
 
-def report(one):
-    """All tables {title: markdown} of what collect() returns: means over the seeds ± deviation."""
-    seeds = one["seeds"].values()
-    order = sorted({method for cells in seeds for method in cells})
-    horizons = sorted({int(n) for cells in seeds for rows in cells.values() for n in rows})
-    tables = {"the README's table": readme_table(one)}
-    for name, form in FORMATS.items():
-        rows = [[f"`{m}`", *(cell(one, m, n, name, form) for n in horizons)] for m in order]
+def exposures(paths):
+    """Finished runs by --around: {L: {agent: {seed: {objectives: measures}}}}, agents of EXPOSURE.
+    """
+    by_around = {}
+    for path in paths:
+        by_around.setdefault(str(load_run(path)[0].around), []).append(path)
+    found = {}
+    for around in sorted(by_around, key=int):
+        methods = collect(by_around[around])["methods"]
+        found[around] = {}
+        for agent, method in EXPOSURE.items():
+            for seed, cells in methods.get(method, {}).items():
+                few = {n: {name: cell[name] for name in "em peak dependency time malformed".split()}
+                       for n, cell in cells.items()}
+                found[around].setdefault(agent, {})[seed] = few
+    return found
+
+
+def report(methods, names):
+    """{title: markdown} of {method: {seed: {objectives: measures}}}: a table for each measure."""
+    cells = [row for seeds in methods.values() for row in seeds.values()]
+    horizons = sorted({int(n) for row in cells for n in row})
+    tables = {}
+    measured = next(iter(cells[0].values()))
+    for name in [name for name in MEASURES if name in measured]:
+        rows = [[f"`{m}`", *(mean(methods, m, n, name) for n in horizons)] for m in names]
         tables[name] = markdown([name, *horizons], rows)
     return tables
 
 
-README_AGENTS = {"mem1-demos": "mem1, random notes imitated",
-                 "mem1-demos-sampled": "mem1, random notes imitated, sampled",
-                 "mem1": "mem1, after PPO", "mem1-sampled": "mem1, after PPO, sampled",
-                 "mem1-demos-oracle": "mem1, oracle notes imitated",
-                 "full-demos": "full context, oracle notes imitated",
-                 "full": "full context, after PPO",
-                 "full-list": "full context that lists all",
-                 "full-2x": "full context, twice the weights"}
-
-
 def readme_table(one):
-    """EM and peak at 2, 8, 16 and 32 objectives (if tested) of the agents in the README."""
-    tested = {n for cells in one["seeds"].values() for rows in cells.values() for n in rows}
-    horizons = [n for n in (2, 8, 16, 32) if str(n) in tested]
-    head = ["", *(f"EM of {n}" for n in horizons), *(f"peak at {n}" for n in horizons)]
+    """The table in the README: EM at the horizons tested, and the rest at 16."""
+    methods = one["methods"]
     rows = []
-    trained = {method for cells in one["seeds"].values() for method in cells}
-    for method, text in README_AGENTS.items():
-        if method not in trained:
-            continue
-        em = [cell(one, method, n, "em", ".2f") for n in horizons]
-        peak = [cell(one, method, n, "peak", ".0f").partition(" ±")[0] for n in horizons]
-        rows.append([text, *em, *peak])
-    return markdown(head, rows)
+    for method in [method for method in METHODS if method in methods]:
+        em = [mean(methods, method, n, "em") for n in (2, 8, 16, 32)]
+        rest = [mean(methods, method, 16, name).partition(" ±")[0]
+                for name in ("peak", "dependency", "time", "malformed")]
+        rows.append([METHODS[method], len(methods[method]), *em, *rest])
+    return markdown(["", "seeds", *(f"EM of {n}" for n in (2, 8, 16, 32)), "peak at 16",
+                     "dependency", "seconds", "malformed"], rows)
 
 
-def cell(one, method, n, name, form):
-    """Mean ± standard deviation over the seeds, as text."""
-    rows = [seed.get(method, {}) for seed in one["seeds"].values()]
-    values = [row[str(n)][name] for row in rows if name in row.get(str(n), {})]
+def comparison(methods, a="mem1", b="full"):
+    """EM and peak of a over those of b, seed by seed, so on the same tasks: mean and 95% interval.
+    """
+    seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
+    rows = []
+    for n in sorted({int(n) for seed in seeds for n in methods[b][seed]}):
+        row = [n]
+        for name in "em", "peak", "dependency", "time":
+            pairs = [(methods[a][s][str(n)][name], methods[b][s][str(n)][name]) for s in seeds]
+            row.append(interval([x / y if y else np.nan for x, y in pairs], ".2f"))
+        rows.append(row)
+    return markdown([f"`{a}` / `{b}`", "em", "peak", "dependency", "time"], rows)
+
+
+def mean(methods, method, n, name):
+    """Mean over the seeds ± half of the 95% interval, as text."""
+    rows = [seed[str(n)] for seed in methods.get(method, {}).values() if str(n) in seed]
+    return interval([row[name] for row in rows], MEASURES[name])
+
+
+def interval(values, form):
+    """Mean ± half of the 95% interval by Student's t, as text."""
     if not values:
         return ""
     text = f"{np.mean(values):{form}}"
-    return f"{text} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else text
+    if len(values) == 1:
+        return text
+    half = T_95[min(len(values), 6)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{text} ± {half:{form}}"
 
 
 def markdown(head, rows):
@@ -112,58 +161,92 @@ def markdown(head, rows):
 
 
 def plot(one, path):
-    """EM and peak tokens over the horizon: a line for the mean of the seeds, a band from the lowest
-    to the highest. And what PPO discovers: mem1's reward and memory over the iterations, all seeds.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """EM and peak tokens over the horizon, and what PPO discovers: mem1's reward and memory over
+    the iterations, all seeds."""
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
-    for agents in one["curves"].values():
-        for k, curve in enumerate(zip(*agents.get("mem1", []))):  # reward, memory
-            axes[2].plot(curve, color=f"C{k}")
+    for curve in one["curves"].get("mem1", {}).values():
+        for k, values in enumerate(zip(*curve)):  # reward, memory
+            axes[2].plot(values, color=f"C{k}")
     axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
-    titles = "questions answered", "peak tokens in context"
-    for axis, name, title in zip(axes, ("em", "peak"), titles):
-        for method, label in README_AGENTS.items():
-            runs = [cells[method] for cells in one["seeds"].values() if method in cells]
-            shared = set.intersection(*map(set, runs)) if runs else []
-            x = sorted(map(int, shared))
-            y = np.array([[run[str(n)][name] for n in x] for run in runs])  # (seeds, horizons)
-            if runs:
-                axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
-                axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
-        axis.set(xscale="log", xlabel="questions in the task", title=title)
-        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
+    for axis, name, title in zip(axes, ("em", "peak"), ("questions answered", "peak tokens")):
+        for method, label in METHODS.items():
+            draw(axis, one["methods"].get(method, {}), name, label)
+        axis.set(title=title)
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
     figure.savefig(path, bbox_inches="tight")
 
 
+def plot_exposure(found, path):
+    """Share of the questions answered over the horizon, a panel for each L."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True)
+    for axis, (around, agents) in zip(np.atleast_1d(axes), found.items()):
+        for agent in agents:
+            if agent in ("mem1", "full", "full-list", "mem1-random-ppo"):
+                label = agent.replace("-random-ppo", ", by reward")
+                draw(axis, agents[agent], "em", label, share=True)
+        axis.axvline(int(around) + 2, color="grey", linestyle=":")
+        axis.set(title=f"up to {int(around) + 2} answers in training")
+    np.atleast_1d(axes)[0].legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def draw(axis, seeds, name, label, share=False):
+    """A line for the mean of the seeds, a band from the lowest to the highest."""
+    if not seeds:
+        return
+    x = sorted(set.intersection(*({int(n) for n in cells} for cells in seeds.values())))
+    y = np.array([[cells[str(n)][name] for n in x] for cells in seeds.values()])  # (seeds, x)
+    if share:
+        y = y / x
+    axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
+    axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
+    axis.set(xscale="log", xlabel="questions in the task")
+    axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
+
+
+def pyplot():
+    """matplotlib, drawing to files."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="directories of finished runs, or one --json file")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    parser.add_argument("--plot", metavar="PNG", help="draw EM, peak and what PPO discovers")
+    parser.add_argument("--exposure", action="store_true", help="group the runs by --around")
+    parser.add_argument("--plot", metavar="PNG", help="draw the figure")
     args = parser.parse_args(argv)
     try:
         if args.runs[0].endswith(".json"):
             one = json.loads(Path(args.runs[0]).read_text())
-            if "seeds" not in one:
-                raise ValueError(f"{args.runs[0]} was not made by --json of this script")
+            if ("methods" in one) == args.exposure or not one:
+                raise ValueError(f"{args.runs[0]} was not made by these flags and --json")
         else:
-            one = collect(args.runs)
+            one = exposures(args.runs) if args.exposure else collect(args.runs)
         if args.plot:
-            plot(one, args.plot)
+            (plot_exposure if args.exposure else plot)(one, args.plot)
     except (ValueError, OSError, ImportError) as error:  # ImportError: no matplotlib
-        sys.exit(f"tables.py: {error}")
+        parser.error(str(error))
     if args.json:
         print(json.dumps(one))
         return
-    for title, text in report(one).items():
+    if args.exposure:
+        for around, agents in one.items():
+            for title, text in report(agents, agents).items():
+                print(f"\nL = {around}: {title}\n\n{text}")
+        return
+    methods = one["methods"]
+    tables = {"the README's table": readme_table(one), **report(methods, sorted(methods))}
+    for title, text in tables.items():
         print(f"\n{title}\n\n{text}")
+    print(f"\nseed by seed\n\n{comparison(methods)}\n\n{comparison(methods, 'mem1', 'full-demos')}")
 
 
 if __name__ == "__main__":

@@ -154,17 +154,30 @@ def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
 
 
 def test_tables_put_runs_side_by_side_and_refuse_what_is_no_run(run, tmp_path, capsys):
-    one = printed(tables.main, [run], capsys)
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    state = torch.load(again / "checkpoint.pt")
+    state["config"].update(seed=1, demos="oracle")
+    torch.save(state, again / "checkpoint.pt")
+    one = printed(tables.main, [run, again], capsys)
     (tmp_path / "one.json").write_text(json.dumps(one))
     tables.main([str(tmp_path / "one.json")])
-    assert "| mem1, after PPO |" in capsys.readouterr().out
+    assert "| mem1, after PPO | 1 |" in capsys.readouterr().out
+    assert set(one["methods"]["mem1"]) == {"0"} and set(one["curves"]["mem1-oracle"]) == {"1"}
+    found = printed(tables.main, [run, again, "--exposure"], capsys)["0"]
+    assert found["mem1"]["1"] == found["mem1-random"]["0"] != {}
+
     (tmp_path / "none.json").write_text("{}")
-    unfinished = tmp_path / "unfinished"
-    shutil.copytree(run, unfinished)
-    (unfinished / "results.json").unlink()
-    for bad in run / "results.json", tmp_path / "none.json", unfinished, tmp_path:
-        with pytest.raises(SystemExit, match="^tables.py: [^\n]*$"):
-            tables.main([str(bad)])
+    (again / "results.json").unlink()
+    for bad in run / "results.json", tmp_path / "none.json", again, tmp_path, f"{run} {run}":
+        with pytest.raises(SystemExit):
+            tables.main(str(bad).split())
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interval_is_of_the_t_distribution():
+    assert tables.interval([1.0, 2.0, 3.0], ".2f") == "2.00 ± 2.48"  # 4.303 / sqrt(3)
+    assert tables.interval([5.0], ".0f") == "5"
 
 
 def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off(tmp_path):
