@@ -58,8 +58,7 @@ parametrize = pytest.mark.parametrize
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
 
-# ----------------------------------------------------------------------------------------------
-# A world that accepts whatever is written, so that random weights play many turns
+# --- A world that accepts whatever is written, so that random weights play many turns
 
 
 class AnyWorld:
@@ -146,8 +145,7 @@ seeds = integers(0, 99)
 names = sampled_from(envs.NAMES[:3])
 budgets = sampled_from([1, 64, 200, 8192])
 
-# ----------------------------------------------------------------------------------------------
-# Masking: every token is trained in the context in which it was sampled
+# --- Masking: every token is trained in the context in which it was sampled
 
 
 def contexts(traj, policy):
@@ -361,8 +359,7 @@ def test_in_bfloat16_sampler_and_learner_agree_on_long_contexts():
     assert far(found, learned(gpt, [traj])) > 0.05  # control
 
 
-# ----------------------------------------------------------------------------------------------
-# Tokens, parser, environment
+# --- Tokens, parser, environment
 
 odd = [*mem1.TAGS, *"</>IS \n\x00#é\ud800", " jelo", "</info>"]
 texts = one_of(text(), lists(sampled_from(odd)).map("".join))
@@ -490,8 +487,7 @@ def test_random_notes_do_not_depend_on_what_will_be_asked_for(demos):
     assert (abs(right - other) < 0.05) == (demos == "random")
 
 
-# ----------------------------------------------------------------------------------------------
-# Training tasks: pieces of longer ones
+# --- Training tasks: pieces of longer ones
 
 
 def test_a_history_is_played_by_the_agents_own_policy_with_its_own_kind_of_notes():
@@ -572,8 +568,7 @@ def test_training_asks_for_two_answers_at_most_and_trains_nothing_of_the_history
         assert histories == 0 and longest == 2 and all(ends)
 
 
-# ----------------------------------------------------------------------------------------------
-# PPO
+# --- PPO
 
 
 def test_what_is_recorded_is_the_probability_with_which_the_token_was_drawn():
@@ -716,8 +711,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
     assert far(weights[0], talkative().emb.weight) > 1e-3  # control
 
 
-# ----------------------------------------------------------------------------------------------
-# Runs, and what is written about them
+# --- Runs, and what is written about them
 
 TINY = ("--preset debug --env qa --around 4 --agents mem1 --device cpu --primer-steps 4 "
         "--primer-batch 8 --demos-steps 4 --demos-batch 8 --ppo-steps 4 --ppo-batch 6 "
@@ -965,8 +959,7 @@ def test_the_table_of_the_readme_is_what_was_measured():
     assert tables.readme_table(json.loads((HERE / "assets/results.json").read_text())) in README
 
 
-# ----------------------------------------------------------------------------------------------
-# The test of the tests: known bugs are put back in, one at a time, and a test must fail for each.
+# --- The test of the tests: known bugs are put back in, one at a time, and a test must fail for each.
 
 MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning of the test's name
     ("model.Block.forward", "is_causal=seen is None", "is_causal=False", "sampler"),
