@@ -986,17 +986,14 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
 def mutated(where, old, new):
     """A function runs with one snippet of its source replaced."""
     module, *path = where.split(".")
-    function = functools.reduce(getattr, path, globals()[module])
-    function = inspect.unwrap(getattr(function, "fget", function))
-    source = textwrap.dedent(inspect.getsource(function)).removeprefix("@property\n")
+    function = inspect.unwrap(functools.reduce(getattr, path, globals()[module]))
+    source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{where} has changed: it does not have `{old}` once"
-    made, code = {}, function.__code__
+    made = {}
     exec(source.replace(old, new), function.__globals__, made)
-    function.__code__ = inspect.unwrap(made[path[-1]]).__code__
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "__code__", inspect.unwrap(made[path[-1]]).__code__)
         yield
-    finally:
-        function.__code__ = code
 
 
 @parametrize("where, old, new, by", MUTANTS)
