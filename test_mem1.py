@@ -233,12 +233,6 @@ def test_rows_show_each_token_its_context_and_train_it_once(policy, turns, seed)
     assert [shown[place] for place in sorted(shown)] == want
 
 
-def test_rows_of_turns_that_continue_each_other_are_merged():
-    for policy, n in (keep_all, 1), (keep_last, 5):  # only mem1's first two turns share a row
-        (traj,) = play(talkative(), policy, [6])
-        assert not traj.env.history and len(mem1.merged_turns(traj)) == n
-
-
 def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
     gpt = talkative()
     (rows,) = make_rows(play(gpt, keep_last, [6, 2, 4], seed=3), 10**6)
