@@ -292,28 +292,27 @@ def test_rows_hold_no_more_tokens_than_the_budget_unless_it_is_one_row(lengths, 
 
 
 def test_sampled_evaluation_draws_from_the_model_and_greedy_takes_the_likeliest():
-    cfg, gpt = train.Config(), talkative(ends=5.0)
-    found = [evaluation.play(gpt, keep_last, cfg, 2, range(4), Stream.VALID, sampled)
-             for sampled in (False, False, True, True)]
-    greedy, same_greedy, sampled, same_sampled = [
-        [turn.written for traj in trajs for turn in traj.turns] for trajs in found]
-    assert greedy == same_greedy != sampled == same_sampled
-    rows = [evaluation.measures(traj, keep_last) for traj in found[2]]
-    causes = [traj.env.cause for traj in found[2]]
-    assert [row["malformed"] for row in rows] == [cause == "malformed" for cause in causes]
+    gpt, written = talkative(ends=5.0), []
+    for sampled in False, False, True, True:
+        trajs = evaluation.play(gpt, keep_last, train.Config(), 2, range(4), Stream.VALID, sampled)
+        written.append([turn.written for traj in trajs for turn in traj.turns])
+        for traj in trajs:
+            malformed = evaluation.measures(traj, keep_last)["malformed"]
+            assert malformed == (traj.env.cause == "malformed")
+    assert written[0] == written[1] != written[2] == written[3]
 
 
 def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
     env = ComposedQA(3, hops=(1, 1), seed=1)
     (a, x), (b, y), (c, z) = env.golds
-    queries = [path[0].rpartition(" ")[0] for path in env.paths.values()]
+    queries = [" " + path[0].rpartition(" ")[0] for path in env.paths.values()]
     states = ["", f" ; {a} {x}", f" ; {a} {x} {b} jelo", f" ; {b} {y} {c} {z}"]
-    held = [(0, 0), (1, 1), (2, 1), (3, 2)]  # turn by turn: answers found, of them in the state
     traj = Trajectory(env, prompt_ids(env))
-    for state, query in zip(states, [*queries, queries[0]]):
-        state, query = ENC.encode_ordinary(state), ENC.encode_ordinary(" " + query)
+    for written in zip(states, [*queries, queries[0]]):
+        state, query = map(ENC.encode_ordinary, written)
         traj.add_turn(traj.next_context(keep_last), [*state, QUERY, *query, END])
-    assert [(len(f), len(h)) for _, f, h in memory_recall(traj)] == held
+    recall = [(len(found), len(held)) for _, found, held in memory_recall(traj)]
+    assert recall == [(0, 0), (1, 1), (2, 1), (3, 2)]
     assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
     del traj.turns[1:]
     assert ppo.mean_over_episodes([traj])["memory"] == 0.0  # nothing was found yet
