@@ -503,19 +503,13 @@ def test_a_piece_begins_where_the_demonstrator_of_the_whole_task_takes_up_its_qu
     play_history(env, policy, before, rng)
     first = Trajectory(env, prompt_ids(env)).next_context(policy)
 
-    # The whole task, played turn by turn; a question is taken up by the turn whose query is its
-    # first hop, which the facts on the way to its answer begin with.
-    turns, contexts_of = [], {}
-    while not whole.done:
-        context = [*prompt_ids(whole), *visible_past(whole, policy, turns), IS]
-        written = expert(whole, policy, turns, same_rng)
-        kind, _, said = parse(written)
-        contexts_of.setdefault(said, context)
-        info = [INFO, *ENC.encode_ordinary(whole.step(kind, said))]
-        turns.append(Turn(context, written, info))
+    # In the whole task, the turn that takes up a question is the one whose query is its first hop,
+    # with which the first fact on the way to the answer begins.
+    turns = expert_rollout(whole, policy, same_rng).turns
     hop = " " + whole.paths[whole.golds[before][0]][0].rpartition(" ")[0]
-    assert first == contexts_of.pop(hop) not in contexts_of.values()
-    assert env.history == turns[: len(env.history)]
+    taken_up = [parse(turn.written)[2] for turn in turns].index(hop)
+    assert env.history == turns[:taken_up]
+    assert first == turns[taken_up].context
 
 
 @given(integers(0, 3), integers(1, 3), lists(tuples(integers(0, 6), booleans()), max_size=9))
