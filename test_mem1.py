@@ -397,21 +397,18 @@ def test_the_environment_survives_any_action(first, second, kind, n):
 
 @parametrize("name", POLICIES)
 def test_the_demonstrator_answers_all_questions_under_every_policy(name):
-    policy, longest = POLICIES[name], []
-
-    def episode(n, seed, max_turns=None, rng=None):
-        env = ComposedQA(n, (1, 3), seed, max_turns)
-        traj = expert_rollout(env, policy, rng)
-        longest.append(max(len(turn.state) for turn in traj.turns))
-        assert env.cause == "answered"
-        return env.em
+    def answered(n, episodes, rng=None, max_turns=None):
+        tasks = [ComposedQA(n, (1, 3), seed, max_turns) for seed in range(episodes)]
+        for env in tasks:
+            expert_rollout(env, POLICIES[name], rng)
+            assert env.cause == "answered"
+        return [env.em for env in tasks]
 
     for n in 2, 5, 16, 40:
-        assert all(episode(n, seed) == n for seed in range(3))
-    assert (max(longest) < 20) == (name == "full")  # whose states hold no list
-    most = 1 + 15 / 6 + 1  # the last answer is right, and one in six of the others
-    for most, harm in (most, dict(rng=default_rng(0))), (12, dict(max_turns=10)):
-        assert np.mean([episode(16, seed, **harm) for seed in range(20)]) < most
+        assert answered(n, 3) == [n] * 3
+    assert np.mean(answered(16, 20, max_turns=10)) < 12
+    # Of random notes one in six is right; the last answer always is.
+    assert np.mean(answered(16, 20, rng=default_rng(0))) < 1 + 15 / 6 + 1
 
 
 some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
