@@ -827,12 +827,6 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path):
         pass
 
 
-def test_python_without_assertions_refuses_as_well(finished):
-    done = subprocess.run([sys.executable, "-O", "train.py", "--out", str(finished)], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-
-
 def test_a_run_does_not_go_on_from_models_or_settings_that_do_not_fit(finished, tmp_path):
     assert run(*TINY, tmp_path / "a", "--start", finished, "--n-embd", 96, "--ppo-steps", 1)[0] == 2
     for number, (name, value) in enumerate([("n_embd", 96), ("unknown", 1)]):
