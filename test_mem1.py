@@ -694,10 +694,24 @@ def weights(out):
     return {name: [w.tolist() for w in models[name]["weights"].values()] for name in models}
 
 
+class Trap:
+    """What a malicious checkpoint would do."""
+    def __reduce__(self):
+        return os.abort, ()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """A whole run, with checkpoints in its directory that fit no run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert run(*TINY, out) == (0, [])
+    state = evaluation.load_checkpoint(out)
+    wide, unknown = [dict(state["config"], **change) for change in (dict(n_embd=96), dict(x=1))]
+    misfits = dict(wide=dict(state, config=wide), unknown=dict(state, config=unknown),
+                   foreign={}, malicious=Trap())
+    for name, content in misfits.items():
+        (out / name).mkdir()
+        torch.save(content, out / name / "checkpoint.pt")
     return out
 
 
@@ -777,46 +791,46 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
     assert code == 1 and "not finite" in line
 
 
-class Trap:
-    """What a malicious checkpoint would do."""
-    def __reduce__(self):
-        return os.abort, ()
-
-
-@given(sampled_from(["flipped", "cut off", {}, Trap()]), integers(0, 10**9))
-def test_what_is_damaged_foreign_or_malicious_is_refused_in_one_line(finished, harm, at):
+@given(integers(0, 10**9), booleans())
+def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
     path = finished.parent / "checkpoint.pt"
     data = bytearray((finished / "checkpoint.pt").read_bytes())
     at %= len(data)
-    if harm == "flipped":
-        data[at] ^= 1 << at % 8
-    path.write_bytes(data[:at] if harm == "cut off" else data)
-    if not isinstance(harm, str):
-        torch.save(harm, path)
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data[:at] if is_cut_off else data)
     try:
         evaluation.load_run(path.parent)
     except ValueError as error:
         assert re.fullmatch(r"[^\n]*checkpoint.pt[^\n]*", str(error))
     else:  # a bit that nothing depends on
-        assert harm == "flipped" and weights(path.parent) == weights(finished)
+        assert not is_cut_off and weights(path.parent) == weights(finished)
 
 
-@parametrize("bad", """--objectiv 3: unrecognized; --preset huge: invalid choice; --seed -1: seed
---ppo-lr fast: invalid float; --resume --out /nonexistent: checkpoint.pt; --objectives 3: objectives
+@parametrize("bad", re.split("; |\n", """--objectiv 3: unrecognized; --preset huge: invalid choice
+--seed -1: seed; --ppo-lr fast: invalid float; --objectives 3: objectives; --n-embd 51: n-embd
 --hops 1 9: hops; --hops 1 1 2: hops; --objectives 4 2: objectives; --ppo-batch 0: ppo-batch
---n-embd 51: n-embd
---start /none: No such file; --agents nobody: invalid choice; --env mars: env
+--start /none: No such file; --start {} --n-embd 96: size; --agents nobody: invalid choice
+--env mars: env; --env shop: --around 0; --env count: --demos oracle; --around 40: around
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
---nproc 999: nproc; --env shop: --around 0; --env count: --demos oracle; --around 40: around
---out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
---around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --workers 999: workers
---ppo-lr nan: ppo-lr; --out "": a directory; --out {}: holds a run already
---out {} --resume --seed 7: drop the flag""".replace("; ", "\n").split("\n"))
-def test_bad_input_gets_one_line_and_an_exit_code(finished, bad):
+--nproc 999: nproc; --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
+--around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --ppo-lr nan: ppo-lr
+--workers 999: workers; --out "": a directory; --out {}: holds a run already"""))
+def test_bad_flags_get_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
-    small = [] if "--resume" in flags else [*TINY, finished / "none"]
-    code, (line,) = run(*small, *shlex.split(flags))
+    code, (line,) = run(*TINY, finished / "none", *shlex.split(flags))
     assert code > 0 and words in line
+
+
+@parametrize("bad", re.split("; |\n", """--resume --out {} --seed 7: drop the flag
+--resume --out {}/none: checkpoint.pt; --resume --out {}/unknown: another train.py
+--resume --out {}/wide: size; {}/foreign: contents; {}/malicious: checkpoint.pt
+{} --episodes 0: --episodes; {} --show 0: --show; {} --agents nobody: --agents
+{} --objectives 99: --objectives; {} --env nowhere: --env"""))
+def test_what_does_not_fit_a_run_is_refused_in_one_line(finished, bad):
+    flags, words = bad.format(finished).rsplit(": ", 1)
+    main = train.main if "--resume" in flags else evaluation.main
+    code, (line,) = run(*shlex.split(flags), main=main)
+    assert code == 2 and words in line
 
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):
@@ -828,24 +842,6 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):
         assert not list(out.glob("*.pt"))
     with train.locked(out):  # control: now it is free
         pass
-
-
-def test_a_run_does_not_go_on_from_models_or_settings_that_do_not_fit(finished, tmp_path):
-    assert run(*TINY, tmp_path / "a", "--start", finished, "--n-embd", 96, "--ppo-steps", 1)[0] == 2
-    for number, (name, value) in enumerate([("n_embd", 96), ("unknown", 1)]):
-        state = evaluation.load_checkpoint(finished)
-        state["config"][name] = value
-        (tmp_path / str(number)).mkdir()
-        torch.save(state, tmp_path / str(number) / "checkpoint.pt")
-        code, (line,) = run("--resume", "--out", tmp_path / str(number))
-        assert code == 2 and ("size" if name == "n_embd" else "another train.py") in line
-
-
-@parametrize("flags", ["--episodes 0", "--show 0", "--agents nobody",
-                         "--objectives 99", "--env nowhere"])
-def test_eval_refuses_bad_flags_in_one_line(finished, flags):
-    code, (line,) = run(finished, *flags.split(), main=evaluation.main)
-    assert code == 2 and flags.split()[0] in line
 
 
 FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)]
