@@ -548,13 +548,6 @@ def test_gae_is_the_double_sum_of_its_definition(lengths, gamma, lam, seed):
     assert far(ret - adv, v) < 1e-12
 
 
-def test_the_kl_estimate_is_exact_on_average_and_a_constant_whitens_to_zero():
-    p, q = randn(2, 9, generator=torch.manual_seed(0)).double().log_softmax(1)
-    k3 = ppo.approx_kl(q, p)
-    assert far(p.exp() @ k3, p.exp() @ (p - q)) < 1e-12 <= k3.min()
-    assert not ppo.whiten(ones(5)).any()
-
-
 ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, micro_batch=60,
                       gamma=0.9, lam=0.8, kl_coef=0.1)  # every term counts
 
