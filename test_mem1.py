@@ -45,8 +45,8 @@ import train
 from envs import ComposedQA, Stream, keyed_rng
 from experiments import tables
 from mem1 import (ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Trajectory, Turn, exercise,
-                  expert, expert_rollout, keep_all, keep_last, make_rows, memory_recall, parse,
-                  play_history, predict, prompt_ids, rollout, visible_past)
+                  expert_rollout, keep_all, keep_last, make_rows, memory_recall, parse,
+                  play_history, predict, prompt_ids, rollout)
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"
@@ -550,10 +550,7 @@ def test_gae_is_the_double_sum_of_its_definition(lengths, gamma, lam, seed):
 
 ALL_ON = train.Config(device="cpu", ppo_batch=5, exercises=3, primer_longest=3, micro_batch=60,
                       gamma=0.9, lam=0.8, kl_coef=0.1)  # every term counts
-
-
-def sgd(gpt):
-    return torch.optim.SGD(gpt.parameters(), lr=0.3)
+sgd = functools.partial(torch.optim.SGD, lr=0.3)
 
 
 def descend(gpt, loss):
@@ -561,14 +558,14 @@ def descend(gpt, loss):
     gpt.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), ALL_ON.grad_clip)
-    sgd(gpt).step()
+    sgd(gpt.parameters()).step()
     return norm.item()
 
 
 def test_imitation_equals_an_independent_computation():
     gpt, twin = talkative(), talkative()
     trajs = [exercise(ALL_ON, 0, 0, 4), expert_rollout(ComposedQA(2), keep_last)]
-    train.imitate(gpt, sgd(gpt), make_rows(trajs, 60), ALL_ON)
+    train.imitate(gpt, sgd(gpt.parameters()), make_rows(trajs, 60), ALL_ON)
     descend(twin, -dense(twin, trajs)[0].mean())
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-7
 
@@ -610,7 +607,7 @@ def test_one_whole_update_equals_an_independent_computation(epochs, cap):
     cfg = dataclasses.replace(ALL_ON, ppo_epochs=epochs, ppo_minibatches=epochs)
     gpt, twin, reference = [talkative(seed) for seed in (0, 0, 1)]
     with mutated("mem1.turn_cap", "return", f"return {cap} or"):  # episodes of one token
-        row = ppo.update(gpt, sgd(gpt), reference, worlds(), keep_last, cfg, 0)
+        row = ppo.update(gpt, sgd(gpt.parameters()), reference, worlds(), keep_last, cfg, 0)
         want = slow_update(twin, reference, cfg)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
@@ -635,9 +632,9 @@ def train_a_little(rank, world_size, folder):
     for step in range(2):
         trajs = [exercise(cfg, step, i, 4) for i in range(3)]
         trajs.append(expert_rollout(ComposedQA(2), keep_last))
-        train.imitate(learner, sgd(gpt), make_rows(trajs[rank::world_size]), cfg)
+        train.imitate(learner, sgd(gpt.parameters()), make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
-        row = ppo.update(learner, sgd(gpt), talkative(1), mine, keep_last, cfg, step)
+        row = ppo.update(learner, sgd(gpt.parameters()), talkative(1), mine, keep_last, cfg, step)
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
     if world_size > 1:
         dist.barrier()  # nobody leaves while another waits for it
