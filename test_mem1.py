@@ -866,25 +866,20 @@ def test_two_processes_imitate_as_one_and_a_killed_worker_ends_them_in_one_line(
         assert two["loss"] == approx(one["loss"], rel=1e-4)
 
 
-README = (HERE / "README.md").read_text()
-
-
 @parametrize("module", [envs, model, mem1, ppo, train, evaluation])
 def test_the_examples_in_docstrings_are_right(module):
     assert doctest.testmod(module).failed == 0
 
 
-def test_every_test_and_flag_that_the_readme_names_exists():
-    code = "".join(path.read_text() for path in HERE.glob("*.py"))
-    names = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", README)
-    assert names and all(f"def {name}" in code for name in names)
-    code += "".join(path.read_text() for path in (HERE / "experiments").glob("*.py"))
-    known = {*FLAGS, *re.findall(r'"(--[a-z-]+)"', code)}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
-
-
-def test_the_table_of_the_readme_is_what_was_measured():
-    assert tables.readme_table(json.loads((HERE / "assets/results.json").read_text())) in README
+def test_what_the_readme_names_exists_and_its_table_is_what_was_measured():
+    readme = (HERE / "README.md").read_text()
+    scripts = [*HERE.glob("*.py"), *HERE.glob("experiments/*.py")]
+    code = "".join(path.read_text() for path in scripts)
+    tests = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", readme)
+    assert tests and all(f"def {name}" in code for name in tests)
+    flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", readme)
+    assert {*flags} <= {*FLAGS, *re.findall(r'"(--[a-z-]+)"', code)}
+    assert tables.readme_table(json.loads((HERE / "assets/results.json").read_text())) in readme
 
 
 # --- The test of the tests: a known bug is put back in, and a test must fail
