@@ -623,16 +623,13 @@ def test_one_whole_update_equals_an_independent_computation(epochs, cap):
 
 
 def train_a_little(rank, world_size, folder):
-    """Two steps of imitation and of PPO in one of the processes; leaves weights and log."""
+    """Two steps of PPO in one of the processes; leaves weights and log."""
     gpt = learner = talkative()
     if world_size > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
         learner = torch.nn.parallel.DistributedDataParallel(gpt)
     cfg = dataclasses.replace(ALL_ON, ppo_minibatches=3)
     for step in range(2):
-        trajs = [exercise(cfg, step, i, 4) for i in range(3)]
-        trajs.append(expert_rollout(ComposedQA(2), keep_last))
-        train.imitate(learner, sgd(gpt.parameters()), make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, sgd(gpt.parameters()), talkative(1), mine, keep_last, cfg, step)
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
