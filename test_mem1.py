@@ -670,15 +670,17 @@ def logged(out):
 
 
 def outcome(out):
-    """A hash (pytest would print all weights) of what a run leaves, times left out."""
+    """What a run leaves, times left out."""
     written = (out / "metrics.jsonl").read_text() + (out / "results.json").read_text()
-    return hash(re.sub(r'"(minutes|tok_s|time|commit)": [^,}\n]+', "", written)
-                + str(weights(out)))
+    return re.sub(r'"(minutes|tok_s|time|commit)": [^,}\n]+', "", written), weights(out)
 
 
 def weights(out):
-    models = evaluation.load_checkpoint(out)["models"]
-    return {name: [w.tolist() for w in models[name]["weights"].values()] for name in models}
+    """A hash of each model's weights, which pytest would print otherwise."""
+    hashes = {}
+    for name, saved in evaluation.load_checkpoint(out)["models"].items():
+        hashes[name] = hash(str([w.tolist() for w in saved["weights"].values()]))
+    return hashes
 
 
 class Trap:
@@ -768,8 +770,7 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
 
 def test_ppo_starts_from_an_imitated_agent_and_ends_as_in_the_whole_run(finished, tmp_path):
     assert run(*TINY, tmp_path, "--start", finished) == (0, [])
-    same = weights(tmp_path).items() <= weights(finished).items()  # pytest would print them all
-    assert same
+    assert weights(tmp_path).items() <= weights(finished).items()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
@@ -786,11 +787,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
     data[at] ^= 1 << at % 8
     path.write_bytes(data[:at] if is_cut_off else data)
     try:
-        evaluation.load_run(path.parent)
+        assert weights(path.parent) == weights(finished)  # a bit that nothing depends on
     except ValueError as error:
         assert re.fullmatch(r"[^\n]*checkpoint.pt[^\n]*", str(error))
-    else:  # a bit that nothing depends on
-        assert not is_cut_off and weights(path.parent) == weights(finished)
 
 
 @parametrize("bad", re.split("; |\n", """--objectiv 3: unrecognized; --preset huge: invalid choice
