@@ -739,8 +739,7 @@ def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp
     assert outcome(tmp_path) == outcome(finished)
 
 
-class Killed(BaseException):
-    """As by SIGKILL: nothing catches it."""
+Killed = GeneratorExit  # as with SIGKILL, nothing catches it
 
 
 @parametrize("how, calls", [
