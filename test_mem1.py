@@ -412,6 +412,7 @@ def test_no_two_streams_share_an_episode(monkeypatch):
 
 @given(sampled_from([*POLICIES.values()]), integers(0, 4), booleans(), seeds)
 @example(keep_last, 4, True, 0)
+@example(keep_last, 4, False, 0)
 def test_a_piece_begins_where_the_demonstrator_of_the_whole_task_takes_up_its_question(
         policy, before, random, seed):
     rng, same_rng = [default_rng(seed) if random else None for _ in range(2)]
