@@ -730,10 +730,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --gamma 1.1: gamma; --ppo-lr nan: ppo-lr; --out "": a directory; --out {}: holds a run already
---resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt; --resume --out {}/unknown: another train.py
---resume --out {}/wide: size; {}/foreign: contents; {}/malicious: checkpoint.pt
-{} --episodes 0: --episodes; {} --show 0: --show; {} --agents nobody: --agents
-{} --objectives 99: --objectives; {} --env nowhere: --env"""))
+--resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt
+--resume --out {}/unknown: another train.py; --resume --out {}/wide: size; {}/foreign: contents
+{}/malicious: checkpoint.pt; {} --episodes 0: --episodes; {} --show 0: --show
+{} --agents nobody: --agents; {} --objectives 99: --objectives; {} --env nowhere: --env"""))
 def test_bad_flags_and_runs_that_they_do_not_fit_get_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
     given = [] if bad.startswith(("{}", "--resume")) else [*TINY, finished / "none"]
