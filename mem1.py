@@ -341,8 +341,7 @@ def rollout_batch(model, trajs, policy, rngs):
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()
-    fed = [traj.prompt for traj in trajs]  # what each saw and wrote in its last turn
-    cached = [len(traj.prompt) for traj in trajs]  # how many of those are in the cache
+    fed = [[*traj.prompt, IS] for traj in trajs]  # all but the last of each are in the cache
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something is pruned, all but the prompt is
@@ -351,7 +350,7 @@ def rollout_batch(model, trajs, policy, rngs):
         pruned, pending = [], []
         for e, context in zip(live, contexts):
             pruned.append(context[: len(fed[e])] != fed[e])
-            start = len(trajs[e].prompt) if pruned[-1] else cached[e]
+            start = len(trajs[e].prompt) if pruned[-1] else len(fed[e]) - 1
             pending.append(context[start:])
         cache.rollback(torch.tensor(pruned, device=weight.device))
         hidden = feed(model, cache, pending)  # (B, C)
@@ -370,11 +369,10 @@ def rollout_batch(model, trajs, policy, rngs):
         for e, context, (ids, logp, value) in zip(live, contexts, turns):
             trajs[e].add_turn(context, ids, logp, value)
             fed[e] = context + ids
-            cached[e] = len(fed[e]) - 1  # the last token has not been fed back
         live = [live[b] for b in order]
         going = torch.tensor([not trajs[e].env.done for e in live], device=weight.device)
-        order = cache.compact(going).tolist()  # cache.B is now the number of those still going
-        live = [live[b] for b in order[: cache.B]]
+        cache.compact(going)
+        live = [e for e in live if not trajs[e].env.done]
     seconds = (time.perf_counter() - started) / len(trajs)
     for traj in trajs:
         traj.seconds = seconds
