@@ -35,9 +35,9 @@ import re
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import envs
 from envs import Stream, keyed_rng
@@ -359,10 +359,8 @@ def rollout_batch(model, trajs, policy, rngs):
         caps = [turn_cap(trajs[e].env) for e in live]
         uniform = None
         if rngs[0] is not None:
-            draws = np.zeros((len(live), max(caps)))
-            for b, e in enumerate(live):
-                draws[b, : caps[b]] = 1 - rngs[e].random(caps[b])  # in (0, 1]
-            uniform = torch.tensor(draws, device=weight.device, dtype=weight.dtype)  # (B, max cap)
+            draws = [1 - rngs[e].random(cap) for e, cap in zip(live, caps)]  # in (0, 1]
+            uniform = padded(draws).to(weight)  # (B, max cap)
         turns, order = write(model, cache, hidden, caps, uniform)
 
         # 3. The environments respond; finished episodes leave the batch.
@@ -381,12 +379,16 @@ def rollout_batch(model, trajs, policy, rngs):
 def feed(model, cache, contexts):
     """Append a list of ids to each row of the cache; returns the hidden state after each (B, C)."""
     device = model.emb.weight.device
-    T = max(map(len, contexts))
+    ids = padded(contexts).to(device)  # (B, T)
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
-    ids = torch.tensor([c + [0] * (T - len(c)) for c in contexts], device=device)  # (B, T)
-    cache.reserve(T, n)
+    cache.reserve(ids.size(1), n)
     x = model(ids, cache)  # (B, T, C)
     return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
+
+
+def padded(some):
+    """Sequences of numbers as one tensor (B, T), with zeros after the shorter ones."""
+    return pad_sequence([torch.tensor(one) for one in some], batch_first=True)
 
 
 def write(model, cache, hidden, caps, uniform):
@@ -509,20 +511,13 @@ def make_rows(trajs, budget=8192, which=None):
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > budget:
             batches.append([])
         batches[-1].append(row)
-    return [pad(batch) for batch in batches]
+    found = []
+    for batch in batches:
+        ids, loss_mask, starts = zip(*batch)
+        index = [torch.arange(sum(mask)) + start for mask, start in zip(loss_mask, starts)]
+        found.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))
+    return found
 
-
-def pad(batch):
-    """[(ids, loss_mask, place of the first trained token), ...], the longest first, as Rows."""
-    B, T = len(batch), len(batch[0][0])
-    ids = np.zeros((B, T), dtype=np.int64)
-    loss_mask = np.zeros((B, T), dtype=bool)
-    index = []
-    for b, (row_ids, row_mask, start) in enumerate(batch):
-        ids[b, : len(row_ids)] = row_ids
-        loss_mask[b, : len(row_ids)] = row_mask
-        index.append(start + np.arange(sum(row_mask)))
-    return Rows(*map(torch.from_numpy, (ids, loss_mask, np.concatenate(index))))
 
 
 def predict(model, rows):
