@@ -326,12 +326,9 @@ def score(text, golds):
     em, f1 = 0, 0.0
     for index, gold in golds:
         got, want = given.get(index, []), words(gold)
-        if got == want:
-            em += 1
-            f1 += 1.0
-        else:
-            common = sum(min(got.count(w), want.count(w)) for w in set(want))
-            f1 += 2 * common / (len(got) + len(want))
+        common = sum(min(got.count(w), want.count(w)) for w in set(want))
+        em += got == want
+        f1 += 2 * common / (len(got) + len(want))
     return em, f1
 
 
