@@ -515,9 +515,4 @@ def primer(rng, longest, more=()):
     for given, wanted in lookups:
         target += [([given], False), ([wanted], True)]
     target = [([skill], False), *target, ([STOP], True)]
-    return phrase(text), [(phrase(part), learn) for part, learn in target]
-
-
-def phrase(some):
-    """Words as text, each with a space before it."""
-    return " " + " ".join(some)
+    return " ".join(["", *text]), [(" ".join(["", *part]), learn) for part, learn in target]
