@@ -239,11 +239,15 @@ def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
 
 def whiten(x):
     """x (M,) to mean 0 and variance 1 over the tokens of all processes. A constant becomes 0."""
-    count = torch.tensor(float(len(x)), device=x.device, dtype=x.dtype)
-    n, s = all_sum(torch.stack([count, x.sum()]))
-    mean = s / n
-    var = all_sum(((x - mean) ** 2).sum()) / n
-    return (x - mean) * (var + 1e-8).rsqrt()
+    x, n = centered(x)
+    var = all_sum((x**2).sum()) / n
+    return x * (var + 1e-8).rsqrt()
+
+
+def centered(x):
+    """x (..., M) minus its mean over the tokens of all processes, and the number of those tokens."""
+    n = all_sum(torch.tensor(float(x.size(-1)), device=x.device))
+    return x - all_sum(x.sum(-1, keepdim=True)) / n, n
 
 
 def policy_loss(logp, old_logp, adv, clip=0.2):
@@ -270,10 +274,8 @@ def approx_kl(logp, old_logp):
 def explained_variance(value, ret):
     """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0
     one that knows no more than the mean."""
-    x = torch.stack([ret, ret - value])  # (2, M)
-    n = all_sum(torch.tensor(float(x.size(1)), device=x.device))
-    mean = all_sum(x.sum(1)) / n  # (2,)
-    of_ret, of_rest = all_sum(((x - mean[:, None]) ** 2).sum(1)).tolist()
+    x, n = centered(torch.stack([ret, ret - value]))  # (2, M)
+    of_ret, of_rest = all_sum((x**2).sum(1)).tolist()
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0
 
 
