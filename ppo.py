@@ -76,17 +76,18 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
             for rows in played:
                 i = rows.index.to(device)
+                old = old_logp[i]  # (m,)
                 with no_sync(model, unless=rows is final):
                     logp, value, entropy = predict(model, rows.to(device))  # each (m,): tokens here
-                    policy_term = policy_loss(logp, old_logp[i], adv[i], cfg.clip)  # (m,)
+                    policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
                     value_term = 0.5 * (value - ret[i]) ** 2  # (m,): ends at the value head
                     backward((policy_term + value_term).sum() / n_played)
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
-                    gap = torch.cat([(logp - old_logp[i]).abs(), gap[None]]).max()
-                kl = approx_kl(logp, old_logp[i])
-                clip = ((logp - old_logp[i]).exp() - 1).abs().gt(cfg.clip).to(kl)
-                to_ref = old_logp[i] - ref_logp[i]
+                    gap = torch.cat([(logp - old).abs(), gap[None]]).max()
+                kl = approx_kl(logp, old)
+                clip = ((logp - old).exp() - 1).abs().gt(cfg.clip).to(kl)
+                to_ref = old - ref_logp[i]
                 sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clip]).sum(1)
 
             for rows in reading:
@@ -95,11 +96,11 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
             norm = clip_and_step(model, optimizer, cfg.grad_clip)
 
-    tokens, entropy, kl, to_ref, clip = all_sum(sums).tolist()
+    tokens, entropy, kl, to_ref, clip = all_reduce(sums).tolist()
     return dict(
         mean_over_episodes(trajs), tokens=int(tokens), norm=norm,
         kl=kl / tokens, ref=to_ref / tokens, clip=clip / tokens, ent=entropy / tokens,
-        ev=explained_variance(old_value, ret), gap=all_max(gap).item())
+        ev=explained_variance(old_value, ret), gap=all_reduce(gap, dist.ReduceOp.MAX).item())
 
 
 def nll(model, rows):
@@ -240,14 +241,14 @@ def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
 def whiten(x):
     """x (M,) to mean 0 and variance 1 over the tokens of all processes. A constant becomes 0."""
     x, n = centered(x)
-    var = all_sum((x**2).sum()) / n
+    var = all_reduce((x**2).sum()) / n
     return x * (var + 1e-8).rsqrt()
 
 
 def centered(x):
-    """x (..., M) minus its mean over the tokens of all processes, and the number of those tokens."""
-    n = all_sum(torch.tensor(float(x.size(-1)), device=x.device))
-    return x - all_sum(x.sum(-1, keepdim=True)) / n, n
+    """x (..., M) minus its mean over the tokens of all processes, and how many tokens they are."""
+    n = all_reduce(torch.tensor(float(x.size(-1)), device=x.device))
+    return x - all_reduce(x.sum(-1, keepdim=True)) / n, n
 
 
 def policy_loss(logp, old_logp, adv, clip=0.2):
@@ -275,7 +276,7 @@ def explained_variance(value, ret):
     """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0
     one that knows no more than the mean."""
     x, n = centered(torch.stack([ret, ret - value]))  # (2, M)
-    of_ret, of_rest = all_sum((x**2).sum(1)).tolist()
+    of_ret, of_rest = all_reduce((x**2).sum(1)).tolist()
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0
 
 
@@ -300,26 +301,19 @@ def share(n):
 def mean_of(rows):
     """Means over the rows {name: number} of all processes."""
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
+        parts = [None] * world_size()
         dist.all_gather_object(parts, rows)
         rows = sum(parts, [])
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def all_sum(tensor):
-    """Sum over all processes, in place."""
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """The sum, or another operation, over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_max(tensor):
-    """Maximum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
 def token_count(batch, device):
     """Trained tokens in the Rows of all processes: what a sum of losses is divided by."""
-    return all_sum(torch.tensor(float(sum(len(rows.index) for rows in batch)), device=device))
+    return all_reduce(torch.tensor(float(sum(len(rows.index) for rows in batch)), device=device))

@@ -184,8 +184,9 @@ def train_stage(run, kind, agent, name, base):
         if is_due and agent:
             row.update(validate(model, agent, cfg))
         log(run, kind, agent, step, row)
+        # All processes stop after the same step.
         stop = torch.tensor(run.signal, device=cfg.device)
-        stop = int(ppo.all_max(stop))  # all processes stop after the same step
+        stop = int(ppo.all_reduce(stop, dist.ReduceOp.MAX))
         if stop or is_due:
             state.update(stage=name, step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict())
@@ -218,7 +219,7 @@ def imitate(learner, optimizer, batch, cfg):
             ppo.backward(nll / n)
         total += nll.detach()
     norm = ppo.clip_and_step(learner, optimizer, cfg.grad_clip)
-    return dict(loss=(ppo.all_sum(total) / n).item(), norm=norm, tokens=int(n))
+    return dict(loss=(ppo.all_reduce(total) / n).item(), norm=norm, tokens=int(n))
 
 
 def set_lr(optimizer, lr, step, steps, warmup):
