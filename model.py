@@ -154,7 +154,7 @@ def with_age(q, k, clock):
 
 
 class Cache:
-    """Keys and values of B contexts in buffers that grow: row b's tokens fill slots 0..n[b]-1.
+    """Keys and values of B contexts in a buffer that grows: row b's tokens fill slots 0..n[b]-1.
 
     New tokens are written at slot n[b] and up; whatever lies there from before is overwritten, and
     cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
@@ -169,9 +169,8 @@ class Cache:
         like = model.emb.weight
         nh, C = config.n_head, config.n_embd
         dtype = torch.bfloat16 if config.bfloat16 else like.dtype
-        shape = config.n_layer, B, nh, 0, C // nh  # reserve() makes room
-        self.k = torch.zeros(shape).to(like.device, dtype)
-        self.v = torch.zeros(shape).to(like.device, dtype)
+        shape = config.n_layer, B, 2, nh, 0, C // nh  # keys, values; reserve() makes room
+        self.kv = torch.zeros(shape).to(like.device, dtype)
         self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use
@@ -196,7 +195,7 @@ class Cache:
         Returns `order` (B,): row b now holds what row order[b] held, including the rows that left.
         """
         order = torch.argsort(~stay, stable=True)  # (B,)
-        for buffer in self.k, self.v, self.tail, self.prompt_tail:
+        for buffer in self.kv, self.tail, self.prompt_tail:
             buffer[:, : len(order)] = buffer[:, order]
         for buffer in self.n, self.prompt_n:
             buffer[: len(order)] = buffer[order]
@@ -216,11 +215,10 @@ class Cache:
             self.rows = B  # those after are of episodes that are over
         self.longest += T
         self.L = -(-self.longest // 16) * 16  # slots in use: a multiple of 16, for few shapes
-        have = self.k.size(3)
+        have = self.kv.size(4)
         if self.L > have:
             room = max(self.L, have + have // 128 * 16)  # by an eighth, if that is more
-            self.k = F.pad(self.k[:, : self.rows], (0, 0, 0, room - have))
-            self.v = F.pad(self.v[:, : self.rows], (0, 0, 0, room - have))
+            self.kv = F.pad(self.kv[:, : self.rows], (0, 0, 0, room - have))
         self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
         seen = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
         self.mask = seen[:, None]  # (B, 1, T, L)
@@ -241,8 +239,8 @@ class Cache:
     def append(self, i, k, v):
         """Write k, v (B, nh, T, hs) of layer i. Returns what is to be attended to: all keys, all
         values (B, nh, L, hs), and which of them each new token sees (B, 1, T, L)."""
-        all_k, all_v = self.k[i, : self.B], self.v[i, : self.B]  # (B, nh, slots, hs)
-        at = torch.arange(self.B, device=k.device)[:, None], self.slots
-        all_k.transpose(1, 2)[at] = k.transpose(1, 2).to(all_k.dtype)
-        all_v.transpose(1, 2)[at] = v.transpose(1, 2).to(all_v.dtype)
-        return all_k[:, :, : self.L], all_v[:, :, : self.L], self.mask
+        kv = self.kv[i, : self.B]  # (B, 2, nh, slots, hs)
+        row = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
+        new = torch.stack([k, v], 1).to(kv.dtype)  # (B, 2, nh, T, hs)
+        kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)
+        return *kv[..., : self.L, :].unbind(1), self.mask

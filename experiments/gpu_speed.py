@@ -113,7 +113,7 @@ def decoding(args, folder):
 
         took = least_seconds(step, args.device, times=20)
         read = 4 * sum(p.numel() for p in model.parameters())
-        read += 2 * cache.k[:, :, :, : cache.L].nbytes
+        read += cache.kv[..., : cache.L, :].nbytes
         text = f"{took * 1e3:.2f} ms, memory alone {read / copy * 1e3:.2f} ms"
         if args.device == "cuda":
             text += f", as a CUDA graph {seconds_of_graph(step) * 1e3:.2f} ms"
