@@ -542,9 +542,9 @@ def configure(given):
     if cfg.resume:
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
-        state = load_checkpoint(cfg.out)
-        require(set(state["config"]) == set(vars(cfg)), f"--out {cfg.out}: of another train.py")
-        cfg = Config(**{**state["config"], "out": cfg.out, **given})
+        config = load_checkpoint(cfg.out)["config"]
+        require(set(config) == set(vars(cfg)), f"--out {cfg.out}: of another train.py")
+        cfg = Config(**{**config, "out": cfg.out, **given})
     else:
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
                 f"--out {cfg.out} holds a run already: add --resume, or choose another")
@@ -564,17 +564,13 @@ def configure(given):
     check(cfg)
 
     # Do the models that the run goes on with fit?
-    names = []
-    if cfg.resume:
-        names, models, source = state["models"], state["models"], f"--out {cfg.out}"
-    elif cfg.start:
-        names, source = [base for *_, base in stages(cfg)], f"--start {cfg.start}"
-        models = load_checkpoint(cfg.start)["models"]
-    if names:
+    if cfg.resume or cfg.start:
         ENC.add(envs.world(cfg.env).extra_words)
-    for name in names:
-        fits = name in models and GPTConfig(**models[name]["config"]) == gpt_config(cfg)
-        require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
+        source = cfg.out if cfg.resume else cfg.start
+        models = load_checkpoint(source)["models"]
+        for name in models if cfg.resume else [base for *_, base in stages(cfg)]:
+            fits = name in models and GPTConfig(**models[name]["config"]) == gpt_config(cfg)
+            require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
 
 
