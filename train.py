@@ -386,14 +386,11 @@ def log_line(row, steps):
     """A step as one line to read, what matters most first."""
     parts = [f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d}"]
     if row["stage"] == "ppo":
-        parts += [
-            f"reward {row['reward']:.2f}", f"em {row['em']:.2f}/{row['of']:.0f}",
-            f"memory {row['memory']:.0%}",
-            f"peak {row['peak']:.0f} vs full {row['unpruned']:.0f} "
-            f"({row['unpruned'] / row['peak']:.1f}x)",
-            f"turns {row['turns']:.1f}", f"kl {row['kl']:.3f}", f"ref {row['ref']:.3f}",
-            f"clip {row['clip']:.0%}", f"ent {row['ent']:.2f}", f"ev {row['ev']:.2f}",
-            f"gap {row['gap']:.0e}"]
+        form = ("reward {reward:.2f} | em {em:.2f}/{of:.0f} | memory {memory:.0%} | "
+                "peak {peak:.0f} vs full {unpruned:.0f} ({times:.1f}x) | turns {turns:.1f} | "
+                "kl {kl:.3f} | ref {ref:.3f} | clip {clip:.0%} | ent {ent:.2f} | ev {ev:.2f} | "
+                "gap {gap:.0e}")
+        parts.append(form.format(**row, times=row["unpruned"] / row["peak"]))
     else:
         parts.append(f"loss {row['loss']:.4f}")
     parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
