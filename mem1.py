@@ -99,9 +99,8 @@ def parse(ids):
     start = ids.index(tags[0]) if tags else len(ids)
     state, action = ids[:start], ids[start:]
     text = ENC.decode([token for token in action if token not in TAG_IDS])  # broken UTF-8: U+FFFD
-    kind = {(QUERY, END): "query", (ANSWER, END): "answer"}.get(tuple(tags), "malformed")
-    if ids[-1:] != [END]:
-        kind = "malformed"
+    form = tuple(tags) if ids[-1:] == [END] else None
+    kind = {(QUERY, END): "query", (ANSWER, END): "answer"}.get(form, "malformed")
     return kind, state, text
 
 
@@ -198,16 +197,12 @@ def memory_recall(traj):
 
 def keep_last(turns):
     """MEM1 (sec. 3.1): the last internal state, query and info, and nothing else."""
-    last = turns[-1]
-    return [IS, *last.written, *last.info]
+    return keep_all(turns[-1:])
 
 
 def keep_all(turns):
     """The agent whose context grows with every turn (ReAct, Search-R1)."""
-    kept = []
-    for turn in turns:
-        kept += [IS, *turn.written, *turn.info]
-    return kept
+    return [token for turn in turns for token in (IS, *turn.written, *turn.info)]
 
 
 def keep_all_relist(turns):
