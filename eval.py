@@ -47,15 +47,19 @@ def load_checkpoint(out):
     path = Path(out) / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
-            if file.testzip() is not None:
-                raise ValueError("its checksum is wrong")
+            require(file.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if set(state) != set(CHECKPOINT):
-            raise ValueError("it has other contents")
+        require(set(state) == set(CHECKPOINT), "it has other contents")
     except Exception as error:  # what is in a foreign file may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not an intact checkpoint of this code: {reason}")
     return state
+
+
+def require(condition, message):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def load_run(out):
@@ -232,13 +236,11 @@ def evaluate_run(args):
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     names = methods(models)
     chosen = args.agents or [n for n in names if not (args.show and n.endswith("-sampled"))]
-    if not all(1 <= n <= longest for n in cfg.eval_objectives):
-        raise ValueError(f"--objectives: expected 1 to {longest}")
-    if not set(chosen) <= set(names):
-        raise ValueError(f"--agents: expected some of {' '.join(names)}")
+    fits = all(1 <= n <= longest for n in cfg.eval_objectives)
+    require(fits, f"--objectives: expected 1 to {longest}")
+    require(set(chosen) <= set(names), f"--agents: expected some of {' '.join(names)}")
     for number in args.episodes, args.show:
-        if number is not None and number < 1:
-            raise ValueError("--episodes, --show: expected 1 or more")
+        require(number is None or number > 0, "--episodes, --show: expected 1 or more")
     if not args.show:
         print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
         return

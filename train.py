@@ -49,7 +49,8 @@ from tqdm import tqdm
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from eval import Parser, load_checkpoint, load_model, methods, show_change, table, trend, validate
+from eval import (Parser, load_checkpoint, load_model, methods, require, show_change, table, trend,
+                  validate)
 from mem1 import ENC, POLICIES, exercise, expert_rollout, make_rows, play_history
 from model import GPT, GPTConfig
 from ppo import rank, share
@@ -570,11 +571,6 @@ def configure(given):
             require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
 
-
-def require(condition, message):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def check(cfg):
