@@ -24,7 +24,6 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 import envs
@@ -85,9 +84,7 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
     """The trajectories of some episodes of one horizon, greedy or sampled. which: their numbers."""
     keys = [[SEED, split, n_objectives, i, 0] for i in which]
     environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
-    rngs = None
-    if sampled:
-        rngs = [keyed_rng(SEED, split, n_objectives, i, 2) for i in which]
+    rngs = [keyed_rng(SEED, split, n_objectives, i, 2) for i in which] if sampled else None
     return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # bounds the cache
 
 
@@ -95,10 +92,9 @@ def measures(traj, policy):
     """What is measured of one episode; the top of this file explains each."""
     turns, env = traj.turns, traj.env
     right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
-    malformed = int(env.cause == "malformed")
     return dict(
         em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        malformed=malformed, right=float(np.mean(right)), time=traj.seconds)
+        malformed=env.cause == "malformed", right=sum(right) / len(right), time=traj.seconds)
 
 
 def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
@@ -166,10 +162,10 @@ def show_change(models, cfg):
     for name in "mem1-demos", "mem1":
         model, n = load_model(models[name], cfg.device), cfg.objectives[1]
         played[name] = play(model, keep_last, cfg, n, range(16), Stream.VALID)
-    unsolved = [e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1]
+    unsolved = [e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1] or [0]
     for name, trajs in played.items():
         print(f"--- {name}")
-        show(trajs[unsolved[0] if unsolved else 0], keep_last)
+        show(trajs[unsolved[0]], keep_last)
 
 
 def show(traj, policy):
