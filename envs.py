@@ -182,7 +182,7 @@ class ComposedQA(Env):
 
     def search(self, query):
         """The facts that match a query best, as texts."""
-        return self.index.search(query, TOP_K)
+        return self.index.search(query)
 
     def act(self, text):
         return ", ".join(self.search(text)) or "nothing found"
@@ -267,8 +267,8 @@ class SearchIndex:
                 tf = page.count(word)
                 self.postings[word][i] = idf * tf * 2.2 / (tf + 1.2)
 
-    def search(self, query, top_k):
-        """The texts that match `query` best, in the (random) order of the pages.
+    def search(self, query):
+        """The TOP_K texts that match `query` best, in the (random) order of the pages.
 
         Not in order of rank: the agent has to read the results, and cannot just take the first.
         """
@@ -283,7 +283,7 @@ class SearchIndex:
             exact = self.texts[page].lower().startswith(f"{query.strip().lower()} ")
             return -scores[page], not exact, page
 
-        best = sorted(scores, key=rank)[:top_k]
+        best = sorted(scores, key=rank)[:TOP_K]
         return [self.texts[page] for page in sorted(best)]
 
 
