@@ -378,15 +378,10 @@ def log(run, kind, agent, step, row):
         with open(run.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
     steps = getattr(run.cfg, f"{kind}_steps")
-    if kind == "ppo" or step % 50 == 0 or step == steps:
-        eta = minutes_left(run.cfg, kind, agent, step, minutes)
-        print0(f"{log_line(row, steps)} | eta {eta:.0f}m")
-
-
-def log_line(row, steps):
-    """A step as one line to read, what matters most first."""
-    parts = [f"{row['stage']} {row['agent'] or '':4s} {row['step']:04d}/{steps:04d}"]
-    if row["stage"] == "ppo":
+    if kind != "ppo" and step % 50 and step < steps:
+        return
+    parts = [f"{kind} {agent or '':4s} {step:04d}/{steps:04d}"]  # what matters most comes first
+    if kind == "ppo":
         form = ("reward {reward:.2f} | em {em:.2f}/{of:.0f} | memory {memory:.0%} | "
                 "peak {peak:.0f} vs full {unpruned:.0f} ({times:.1f}x) | turns {turns:.1f} | "
                 "kl {kl:.3f} | ref {ref:.3f} | clip {clip:.0%} | ent {ent:.2f} | ev {ev:.2f} | "
@@ -395,7 +390,8 @@ def log_line(row, steps):
     else:
         parts.append(f"loss {row['loss']:.4f}")
     parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
-    return " | ".join([*parts, f"{row['tok_s'] / 1e3:.1f}k tok/s"])
+    eta = minutes_left(run.cfg, kind, agent, step, minutes)
+    print0(" | ".join([*parts, f"{row['tok_s'] / 1e3:.1f}k tok/s", f"eta {eta:.0f}m"]))
 
 
 def minutes_left(cfg, kind, agent, step, minutes):
