@@ -143,9 +143,7 @@ class Trajectory:
         """Record a turn, and step the environment."""
         kind, _, text = parse(written)
         observation = self.env.step(kind, text)
-        info = []
-        if not self.env.done:
-            info = [INFO, *ENC.encode_ordinary(observation)]
+        info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
         self.turns.append(Turn(context, written, info, list(logp), list(value)))
 
     @property
@@ -253,13 +251,9 @@ def expert(env, policy, turns, rng=None):
         state, kind, text = env.expert(seen, fresh=policy is keep_all)
     else:
         state, kind, text = env.random_notes(seen, rng)
-    ids = []
-    if state:
-        ids += ENC.encode_ordinary(f" {state}")
-    ids.append(QUERY if kind == "query" else ANSWER)
-    if text:
-        ids += ENC.encode_ordinary(f" {text}")
-    return [*ids, END]
+    tag = QUERY if kind == "query" else ANSWER
+    before, after = [ENC.encode_ordinary(f" {said}") if said else [] for said in (state, text)]
+    return [*before, tag, *after, END]
 
 
 def expert_rollout(env, policy, rng=None):
@@ -467,7 +461,7 @@ class Rows:
     index: torch.Tensor  # (m,) place of each trained token among all M of the trajectories
 
     def to(self, device):
-        return Rows(self.ids.to(device), self.loss_mask.to(device), self.index.to(device))
+        return type(self)(*[part.to(device) for part in vars(self).values()])
 
 
 def merged_turns(traj):

@@ -114,11 +114,7 @@ def picture(layout):
 @dataclass
 class MaskedRow(mem1.Rows):
     """One trajectory as one row, and its attention mask (1, 1, T, T)."""
-    see: torch.Tensor = None
-
-    def to(self, device):
-        plain = super().to(device)
-        return MaskedRow(plain.ids, plain.loss_mask, plain.index, self.see.to(device))
+    see: torch.Tensor
 
 
 def layout_rows(name, trajs, budget=8192, which=None):
