@@ -92,8 +92,8 @@ def asked(subject, relations):
 
 
 class Env:
-    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), mark(), expert(),
-    for random notes random_notes(), and for pieces of tasks take_piece().
+    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), answers_shown(),
+    expert(), for random notes random_notes(), and for pieces of tasks take_piece().
 
     prompt         the task as text
     golds          [(index, answer), ...], the right answers
@@ -126,9 +126,9 @@ class Env:
         self.em = 0
         self.f1 = 0.0
 
-    def answers_shown(self, query, info):
-        """Answers {(index, answer), ...} that an <info> shows; none where no list is kept."""
-        return set()
+    def mark(self, text):
+        """(em, f1) of an answer."""
+        return score(text, self.golds)
 
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string. Returns the observation.
@@ -186,10 +186,6 @@ class ComposedQA(Env):
 
     def act(self, text):
         return ", ".join(self.search(text)) or "nothing found"
-
-    def mark(self, text):
-        """(em, f1) of an answer."""
-        return score(text, self.golds)
 
     def answers_shown(self, query, info):
         """The answers {(index, answer), ...} that an <info> shows and that `query` asked for: by

@@ -11,7 +11,7 @@ next one replaces it in view:
 """
 import numpy as np
 
-from envs import INDICES, RELATIONS, STOP, Env, entries, read_answers, score
+from envs import INDICES, RELATIONS, STOP, Env, entries, read_answers
 
 CUES = RELATIONS[:4]
 
@@ -38,9 +38,6 @@ class World(Env):
         shown = [" ".join(pair) for pair in self.golds]
         shown[-1] += f" {STOP}"
         return shown[self.turn - 1] if self.turn <= len(shown) else "nothing found"
-
-    def mark(self, text):
-        return score(text, self.golds)
 
     def answers_shown(self, query, info):
         return set(read_answers(info).items())
