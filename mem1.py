@@ -275,8 +275,7 @@ def play_history(env, policy, first, rng=None):
     index = envs.read_questions(env.prompt)[first][0]
     while True:
         written = expert(env, policy, traj.turns, rng)
-        kind, state, _ = parse(written)
-        if kind == "answer" or envs.read_questions(ENC.decode(state))[-1][0] == index:
+        if ANSWER in written or f"{index} :" in ENC.decode(written):
             break  # the demonstrator has reached question `first`
         traj.add_turn(traj.next_context(policy), written)
     env.history = traj.turns
