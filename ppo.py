@@ -69,7 +69,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             which = [mine.index(e) for e in chosen if e in mine]
             played, reading = make_rows(trajs, cfg.micro_batch, which), []
             if cfg.exercises:  # a little of the primer
-                reading = make_rows(exercises(cfg, step, epoch, k), cfg.micro_batch)
+                batch = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+                reading = make_rows(exercises(cfg, batch), cfg.micro_batch)
             n_played, n_reading = token_count(played, device), token_count(reading, device)
             final = (reading or played)[-1]
             optimizer.zero_grad()
@@ -164,11 +165,10 @@ def minibatches(cfg, step, epoch):
     return [sorted(part.flatten().tolist()) for part in parts]
 
 
-def exercises(cfg, step, epoch, k):
-    """This process's reading exercises beside minibatch k. Their keys continue from the earlier
-    stages, so that none repeats."""
-    key = cfg.primer_steps + cfg.demos_steps
-    key += (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+def exercises(cfg, batch):
+    """This process's reading exercises beside a batch of demonstrations, or a minibatch of PPO,
+    which is numbered on from those. Keys continue from the primer, so that none repeats."""
+    key = cfg.primer_steps + batch
     return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
 
 

@@ -528,7 +528,8 @@ def slow_update(gpt, reference, cfg):
             i = torch.isin(episode, tensor(chosen))
             ratio = (logp - old_logp[i]).exp()
             gain = torch.minimum(ratio * white[i], ratio.clamp(0.8, 1.2) * white[i])
-            reading = dense(gpt, ppo.exercises(cfg, 0, epoch, k))[0]
+            batch = cfg.demos_steps + epoch * cfg.ppo_minibatches + k
+            reading = dense(gpt, ppo.exercises(cfg, batch))[0]
             loss = ((value - ret[i]).square() / 2 - gain).mean()
             loss -= cfg.primer_coef * reading.mean()
             norm = descend(gpt, loss)

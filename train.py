@@ -250,9 +250,8 @@ def step_data(cfg, kind, agent, step):
         ramp = min(1.0, step / (0.6 * cfg.primer_steps))
         longest = round(2 + ramp * (cfg.primer_longest - 2))
         trajs = [exercise(cfg, step, i, longest) for i in share(cfg.primer_batch)]
-    else:  # the exercises go on where the primer ended
-        key = cfg.primer_steps + step
-        trajs = [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
+    else:
+        trajs = ppo.exercises(cfg, step)
         trajs += [demonstration(cfg, agent, step, i) for i in share(cfg.demos_batch)]
     return make_rows(trajs, cfg.micro_batch)
 
