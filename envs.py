@@ -52,7 +52,7 @@ RELATIONS = """heir rival mentor ally spouse pupil guard cousin deputy doctor te
                neighbour""".split()
 _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 _PAIRS = [a + b for a, b in itertools.permutations(_SYLLABLES, 2)]
-NAMES = [str(name) for name in np.random.default_rng(2506).permutation(_PAIRS)[:200]]
+NAMES = np.random.default_rng(2506).permutation(_PAIRS)[:200].tolist()
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
 COLONS = [":" * i for i in range(1, 6)]  # see asked()
 LIST = ";"  # begins the list of answers that an agent keeps
@@ -177,8 +177,8 @@ class ComposedQA(Env):
 
     def compose(self, indices, hops, rng):
         """The questions [(subject, relations, path), ...], and the search index."""
-        questions, triples = invent(indices, hops, rng)
-        return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
+        questions, facts = invent(indices, hops, rng)
+        return questions, SearchIndex([(fact.split()[0], fact) for fact in facts])
 
     def search(self, query):
         """The facts that match a query best, as texts."""
@@ -219,28 +219,27 @@ class ComposedQA(Env):
 
 
 def invent(indices, hops, rng):
-    """A private world: (questions [(subject, relations, path), ...], triples).
+    """A private world: (questions [(subject, relations, path), ...], facts).
 
-    `path` lists the facts that lead to the answer; `triples` are all facts, shuffled.
+    `path` lists the facts that lead to the answer; `facts` are all there are, shuffled.
     """
     names = (NAMES[i] for i in rng.permutation(len(NAMES)))  # a name is the subject of one hop only
-    questions, triples = [], []
+    questions, facts = [], []
     for _ in indices:
-        relations = [str(r) for r in rng.permutation(RELATIONS)]
+        relations = rng.permutation(RELATIONS).tolist()
         asked_for = relations[: rng.integers(hops[0], hops[1] + 1)]
         others = relations[hops[1] :]
         start = subject = next(names)
         path = []
         for relation in asked_for:
-            is_last = relation == asked_for[-1]
-            answer = str(rng.choice(NAMES)) if is_last else next(names)
-            triples.append((subject, relation, answer))
-            for other in rng.choice(others, DISTRACTORS, replace=False):
-                triples.append((subject, str(other), NAMES[rng.integers(len(NAMES))]))
+            answer = rng.choice(NAMES) if relation == asked_for[-1] else next(names)
             path.append(f"{subject} {relation} {answer}")
+            facts.append(path[-1])
+            for other in rng.choice(others, DISTRACTORS, replace=False):
+                facts.append(f"{subject} {other} {NAMES[rng.integers(len(NAMES))]}")
             subject = answer
         questions.append((start, asked_for, path))
-    return questions, [triples[i] for i in rng.permutation(len(triples))]
+    return questions, rng.permutation(facts).tolist()
 
 
 # --- The search tool; worlds by name

@@ -32,14 +32,13 @@ class World(ComposedQA):
 
     def compose(self, indices, hops, rng):
         self.start, self.name = str(rng.choice(INDICES[: -len(indices)])), str(rng.choice(NAMES))
-        questions, triples = invent(indices, hops, rng)
+        questions, facts = invent(indices, hops, rng)
         for _, _, path in questions:
             if rng.random() < 0.5:
-                subject, relation, answer = path[-1].split()
-                last = triples.index((subject, relation, answer))
-                triples[last] = subject, relation, self.name
-                path[-1] = f"{subject} {relation} {self.name}"
-        return questions, SearchIndex([(t[0], " ".join(t)) for t in triples])
+                subject, relation, _ = path[-1].split()
+                last = facts.index(path[-1])
+                facts[last] = path[-1] = f"{subject} {relation} {self.name}"
+        return questions, SearchIndex([(fact.split()[0], fact) for fact in facts])
 
     def take_piece(self, first, n):
         self.n_objectives = n
