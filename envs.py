@@ -95,35 +95,24 @@ class Env:
     """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), answers_shown(),
     expert(), for random notes random_notes(), and for pieces of tasks take_piece().
 
-    prompt         the task as text
-    golds          [(index, answer), ...], the right answers
-    paths          {index: facts that lead to the answer}, if any
-    n_questions    in the prompt; the agent's n_objectives are a piece of them: see take_piece()
-    turns_per_hop  turns allowed per hop
-    longest        most objectives
-    needs          the flags {name: value} that train.py must be given
-    extra_words    that are to be tokens, besides WORDS
-    history        turns played before the agent's first one, as mem1.Turn
-
-    After the last step, `em` and `f1` are sums over objectives (0..N), and `cause` tells what ended
-    the episode: "answered", "out of turns" or "malformed".
+    prompt  the task as text
+    golds   [(index, answer), ...], the right answers
     """
-
-    turns_per_hop = 1
-    longest = len(INDICES)
-    needs = {}
-    extra_words = ()
+    turns_per_hop = 1  # turns allowed per hop
+    longest = len(INDICES)  # most objectives
+    needs = {}  # the flags {name: value} that train.py must be given
+    extra_words = ()  # that are to be tokens, besides WORDS
 
     def __init__(self, n_objectives, max_turns):
         self.n_objectives = n_objectives
         self.max_turns = max_turns
-        self.n_questions = n_objectives
-        self.history = []
-        self.paths = {}
+        self.n_questions = n_objectives  # in the prompt; the agent's may be a piece: take_piece()
+        self.history = []  # turns played before the agent's first one, as mem1.Turn
+        self.paths = {}  # {index: facts that lead to the answer}, if any
         self.turn = 0
         self.done = False
-        self.cause = None
-        self.em = 0
+        self.cause = None  # what ended the episode: "answered", "out of turns" or "malformed"
+        self.em = 0  # after the last step, a sum over objectives (0..N), as f1
         self.f1 = 0.0
 
     def mark(self, text):

@@ -159,9 +159,6 @@ class Cache:
     New tokens are written at slot n[b] and up; whatever lies there from before is overwritten, and
     cannot be seen until then. So forgetting costs nothing: rollback() sets n back to the end of the
     prompt, whose keys and values stay valid for the whole episode.
-
-    tail  in each layer, the inputs of the convolution (2C) and the clocks (nh) of the last three
-          tokens
     """
 
     def __init__(self, model, B):
@@ -171,6 +168,7 @@ class Cache:
         dtype = torch.bfloat16 if config.bfloat16 else like.dtype
         shape = config.n_layer, B, 2, nh, 0, C // nh  # keys, values; reserve() makes room
         self.kv = torch.zeros(shape).to(like.device, dtype)
+        # Of the last three tokens: inputs of the convolution (2C) and clocks (nh), in each layer.
         self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
         self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
         self.B = B  # the first B rows are in use

@@ -35,7 +35,6 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ from model import GPT, GPTConfig
 from ppo import rank, share
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """All settings of a run; each field is a flag of the command line."""
     # run
@@ -338,7 +337,7 @@ def demonstration(cfg, agent, step, i):
 # --- The run: its directory, its checkpoint, its log
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """A run in this process."""
     cfg: Config
@@ -565,7 +564,6 @@ def configure(given):
             fits = name in models and GPTConfig(**models[name]["config"]) == gpt_config(cfg)
             require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
-
 
 
 def check(cfg):
