@@ -252,11 +252,15 @@ def expert(env, policy, turns, rng=None):
     return [*before, tag, *after, END]
 
 
-def expert_rollout(env, policy, rng=None):
-    """An episode played by the scripted demonstrator, as a trajectory to imitate."""
+def expert_rollout(env, policy, rng=None, until=None):
+    """An episode played by the scripted demonstrator, as a trajectory to imitate. It ends before
+    the turn that takes up the question with index `until`, if given."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
-        traj.add_turn(traj.next_context(policy), expert(env, policy, traj.turns, rng))
+        written = expert(env, policy, traj.turns, rng)
+        if until and (ANSWER in written or f"{until} :" in ENC.decode(written)):
+            break
+        traj.add_turn(traj.next_context(policy), written)
     return traj
 
 
@@ -267,14 +271,8 @@ def play_history(env, policy, first, rng=None):
     The turn that takes up question `first` is the agent's: it sees what it would see at this point
     if it had to answer all questions.
     """
-    traj = Trajectory(env, prompt_ids(env))
     index = envs.read_questions(env.prompt)[first][0]
-    while True:
-        written = expert(env, policy, traj.turns, rng)
-        if ANSWER in written or f"{index} :" in ENC.decode(written):
-            break  # the demonstrator has reached question `first`
-        traj.add_turn(traj.next_context(policy), written)
-    env.history = traj.turns
+    env.history = expert_rollout(env, policy, rng, until=index).turns
 
 
 def exercise(cfg, step, i, longest):

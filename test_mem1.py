@@ -816,7 +816,7 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
      "ENC.decode(written), allowed_special='all')", "an_episode"),  # tokens pass through text
     ("mem1.sample", "logps.exp()", "(logps / 0.9).exp()", "what_is_recorded"),
     ("mem1.predict", "x.detach()", "x", "one_whole"),  # the critic changes what it reads
-    ("mem1.play_history", "expert(env, policy,", "expert(env, keep_all,", "a_piece_begins"),
+    ("mem1.play_history", "(env, policy, rng,", "(env, keep_all, rng,", "a_piece_begins"),
     ("mem1.memory_recall", "found & entries", "found", "memory"),
     ("envs.ComposedQA.take_piece", "self.golds[first : first + n]", "self.golds", "training_asks"),
     ("ppo.update", "in trajs for r", "in trajs[::-1] for r", "one_whole"),  # another's reward
