@@ -568,16 +568,15 @@ def configure(given):
 
 def check(cfg):
     """Range and consistency checks beyond the flags' types. ValueError in one line."""
-    for f in dataclasses.fields(Config):
-        value = getattr(cfg, f.name)
-        for one in value if f.type is tuple else [value]:
+    for name, value in vars(cfg).items():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
             if type(one) in (int, float):
-                lowest = LOWEST.get(f.name, 1 if type(one) is int else 0)
-                highest = HIGHEST.get(f.name, 1e9)
+                lowest = LOWEST.get(name, 1 if type(one) is int else 0)
+                highest = HIGHEST.get(name, 1e9)
                 require(lowest <= one <= highest,
-                        f"{flag(f.name)} {one}: expected {lowest} to {highest:g}")
-        if f.name.endswith(("_batch", "_episodes")):
-            require(value >= cfg.nproc, f"{flag(f.name)} {value}: expected one per process or more")
+                        f"{flag(name)} {one}: expected {lowest} to {highest:g}")
+        if name.endswith(("_batch", "_episodes")):
+            require(value >= cfg.nproc, f"{flag(name)} {value}: expected one per process or more")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
         fits = len(value) == 2 and value[0] <= value[1]
@@ -587,11 +586,10 @@ def check(cfg):
     require(cfg.ppo_steps or not cfg.start, "--start: PPO only, so not with --ppo-steps 0")
     require(cfg.ppo_minibatches <= cfg.ppo_batch, "--ppo-minibatches: expected at most --ppo-batch")
     longest = envs.longest_horizon(cfg)
-    needs = envs.world(cfg.env).needs
-    flags = " ".join(f"{flag(name)} {value}" for name, value in needs.items())
-    require(needs.items() <= vars(cfg).items(), f"--env {cfg.env}: add {flags}")
-    for n in [*cfg.objectives, *cfg.eval_objectives]:
-        require(n <= longest, f"--objectives, --eval-objectives {n}: expected 1 to {longest}")
+    for name, value in envs.world(cfg.env).needs.items():
+        require(getattr(cfg, name) == value, f"--env {cfg.env}: add {flag(name)} {value}")
+    require(max(*cfg.objectives, *cfg.eval_objectives) <= longest,
+            f"--objectives, --eval-objectives: expected 1 to {longest}")
     room = min(longest, cfg.most_questions) - cfg.objectives[1]
     require(2 * cfg.around <= max(0, room),
             f"--around {cfg.around}: expected 0 to {room // 2}; see --most-questions")
@@ -600,10 +598,8 @@ def check(cfg):
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
     logging.disable()  # the messages below are enough
-    heeded = []  # the launcher would handle ignored signals as well
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            heeded.append(number.name)
+    # The launcher would handle ignored signals as well.
+    heeded = [number.name for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     try:
         torch.distributed.run.main(  # 120 seconds to finish and save
             ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120",
