@@ -92,8 +92,8 @@ def asked(subject, relations):
 
 
 class Env:
-    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), answers_shown(),
-    expert(), for random notes random_notes(), and for pieces of tasks take_piece().
+    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), expert(), for
+    random notes random_notes(), for pieces of tasks take_piece(), for `memory` answers_shown().
 
     prompt  the task as text
     golds   [(index, answer), ...], the right answers
@@ -114,6 +114,10 @@ class Env:
         self.cause = None  # what ended the episode: "answered", "out of turns" or "malformed"
         self.em = 0  # after the last step, a sum over objectives (0..N), as f1
         self.f1 = 0.0
+
+    def answers_shown(self, query, info):
+        """Answers {(index, answer), ...} that an <info> shows; none where no list is kept."""
+        return set()
 
     def mark(self, text):
         """(em, f1) of an answer."""

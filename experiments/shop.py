@@ -130,9 +130,6 @@ class World(Env):
             reward = self.n_objectives * self.worth(self.open, self.chosen)
         return reward, reward
 
-    def answers_shown(self, query, info):
-        return set()  # no list of answers is kept
-
     def random_notes(self, seen, rng):
         """The demonstrator, but a coin toss decides which of two products it remembers."""
         return self.expert(seen, rng=rng)
