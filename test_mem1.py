@@ -529,9 +529,8 @@ def slow_update(gpt, reference, cfg):
             ratio = (logp - old_logp[i]).exp()
             gain = torch.minimum(ratio * white[i], ratio.clamp(0.8, 1.2) * white[i])
             batch = cfg.demos_steps + epoch * cfg.ppo_minibatches + k
-            reading = dense(gpt, ppo.exercises(cfg, batch))[0]
             loss = ((value - ret[i]).square() / 2 - gain).mean()
-            loss -= cfg.primer_coef * reading.mean()
+            loss -= cfg.primer_coef * dense(gpt, ppo.exercises(cfg, batch))[0].mean()
             norm = descend(gpt, loss)
             looks.append(stack([ratio - 1 - ratio.log(), (ratio - 1).abs() > 0.2, entropy]))
     means = dict(zip(("kl", "clip", "ent"), cat(looks, 1).mean(1).tolist()))
