@@ -281,8 +281,8 @@ def world(name):
         return ComposedQA
     try:
         return importlib.import_module(f"experiments.{name}").World
-    except (ModuleNotFoundError, AttributeError):
-        raise ValueError(f"--env {name}: no such world in experiments/")
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"--env {name}: no such world in experiments/ ({error})")
 
 
 def make_env(cfg, n_objectives, seed):
