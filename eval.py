@@ -88,19 +88,16 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
     return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # bounds the cache
 
 
-def measures(traj, policy):
-    """What is measured of one episode; the top of this file explains each."""
-    turns, env = traj.turns, traj.env
-    right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
-    return dict(
-        em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-        malformed=env.cause == "malformed", right=sum(right) / len(right), time=traj.seconds)
-
-
 def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
-    """Means of measures() over the episodes, shared among the processes."""
-    trajs = play(model, policy, cfg, n_objectives, ppo.share(episodes), split, sampled)
-    return ppo.mean_of([measures(traj, policy) for traj in trajs])
+    """Means over the episodes, shared among the processes; the top of this file explains each."""
+    rows = []
+    for traj in play(model, policy, cfg, n_objectives, ppo.share(episodes), split, sampled):
+        turns, env = traj.turns, traj.env
+        right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
+        rows.append(dict(
+            em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
+            malformed=env.cause == "malformed", right=sum(right) / len(right), time=traj.seconds))
+    return ppo.mean_of(rows)
 
 
 def validate(model, agent, cfg):

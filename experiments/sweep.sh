@@ -20,13 +20,17 @@ runs() {  # lines of name|script|flags
         done
     done <<END
 012|L4|train.py|--agents mem1
-012|L4-oracle|train.py|$imitate
-012|L4-ppo|train.py|--agents full --start \$out/L4-oracle-seed-\$seed
+0|L4-oracle|train.py|$imitate
+12|L4-full|train.py|--agents full --ppo-steps 0 $far
+0|L4-ppo|train.py|--agents full --start \$out/L4-oracle-seed-0
+12|L4-ppo|train.py|--agents full --start \$out/L4-full-seed-\$seed
+12|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
 012|stitched|experiments/layouts.py --train stitched|$from_demos
 012|released|experiments/layouts.py --train released|$from_demos
 34|L4|train.py|--agents mem1
-34|L4-oracle|train.py|$imitate
-34|L4-ppo|train.py|--agents full --start \$out/L4-oracle-seed-\$seed
+34|L4-full|train.py|--agents full --ppo-steps 0 $far
+34|L4-ppo|train.py|--agents full --start \$out/L4-full-seed-\$seed
+34|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
 012|L20|train.py|--agents mem1 --around 20
 012|L20-oracle|train.py|$imitate --around 20
 012|L0|train.py|--agents mem1 --around 0
