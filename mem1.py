@@ -18,7 +18,11 @@ The one idea: every token is trained in the context in which it was sampled. A T
 agent saw and what it wrote; the learner reads the two as one row under a plain causal mask, and the
 loss is on what was written. Nothing is approximated.
 
-The environment (envs.Env) takes and returns text. The demonstrator to imitate is its own.
+An environment (envs.py) has a prompt; step(kind, text), which takes a query or an answer, returns
+text, and ends the episode with no reward on anything else; done; em, how many of its n_objectives
+were answered. A task may be a piece of a longer one: its prompt has n_questions, the agent answers
+n_objectives of them, and history holds the turns played before the agent's first. The demonstrator
+to imitate is the environment's own: expert() and random_notes().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
