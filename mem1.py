@@ -174,18 +174,18 @@ class Trajectory:
 
 
 def memory_recall(traj):
-    """Which answers the agent found and its state holds: [(turn, found, held), ...], one per query.
+    """Which answers the agent found and its state holds: [(found, held), ...], one per query.
 
     found  answers {(index, answer), ...} that it has asked for and been shown before this turn
     held   those of them that stand in its state (an agent that keeps older states need not repeat
            them)
     """
     found, rows = set(), []
-    for t, turn in enumerate(traj.turns):
+    for turn in traj.turns:
         kind, state, text = parse(turn.written)
         if kind == "query":
             entries = set(re.findall(envs.ENTRY, ENC.decode(state)))
-            rows.append((t, set(found), found & entries))
+            rows.append((set(found), found & entries))
         found |= traj.env.answers_shown(text, ENC.decode(turn.info))
     return rows
 

@@ -181,8 +181,8 @@ def mean_over_episodes(trajs):
             reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
             turns=len(traj.turns),
             unpruned=len(visible_past(traj.env, keep_all, traj.turns)),  # in a full context
-            found=sum(len(found) for _, found, _ in memory),
-            held=sum(len(held) for _, _, held in memory)))
+            found=sum(len(found) for found, _ in memory),
+            held=sum(len(held) for _, held in memory)))
     row = mean_of(rows)
     found, held = row.pop("found"), row.pop("held")
     return dict(row, memory=held / found if found else 0.0)

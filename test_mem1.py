@@ -270,7 +270,7 @@ def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
     for written in zip(states, [*queries, queries[0]]):
         state, query = map(ENC.encode_ordinary, written)
         traj.add_turn(traj.next_context(keep_last), [*state, QUERY, *query, END])
-    recall = [(len(found), len(held)) for _, found, held in mem1.memory_recall(traj)]
+    recall = [(len(found), len(held)) for found, held in mem1.memory_recall(traj)]
     assert recall == [(0, 0), (1, 1), (2, 1), (3, 2)]
     assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
 
