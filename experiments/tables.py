@@ -23,14 +23,14 @@ from eval import Parser, load_run
 MEASURES = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", turns=".1f", malformed=".1%",
                 right=".1%", time=".3f")
 METHODS = {
-    "mem1-demos": "mem1, random notes imitated",
-    "mem1-demos-sampled": "mem1, random notes imitated, sampled",
+    "mem1-demos": "mem1, random notes",
+    "mem1-demos-sampled": "mem1, random notes, sampled",
     "mem1": "mem1, after PPO",
     "mem1-sampled": "mem1, after PPO, sampled",
-    "mem1-demos-oracle": "mem1, oracle notes imitated",
-    "full-demos": "full context, oracle notes imitated",
+    "mem1-demos-oracle": "mem1, oracle notes",
+    "full-demos": "full context, oracle notes",
     "full": "full context, after PPO",
-    "full-list-demos": "full context that lists all, oracle notes imitated"}
+    "full-list-demos": "full context that lists all"}
 EXPOSURE = {  # agents of exposure.json
     "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
     "mem1-random": "mem1-demos", "mem1-random-ppo": "mem1", "mem1-ppo": "mem1-oracle",
@@ -128,7 +128,8 @@ def comparison(methods, a="mem1", b="full"):
     """
     seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
     rows = []
-    for n in sorted({int(n) for seed in seeds for n in methods[b][seed]}):
+    tested = [{int(n) for n in methods[x][seed]} for x in (a, b) for seed in seeds]
+    for n in sorted(set.intersection(*tested)) if seeds else []:
         row = [n]
         for name in "em", "peak", "dependency", "time":
             pairs = [(methods[a][s][str(n)][name], methods[b][s][str(n)][name]) for s in seeds]
@@ -172,7 +173,8 @@ def plot(one, path):
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
     for axis, name, title in zip(axes, ("em", "peak"), ("questions answered", "peak tokens")):
         for method, label in METHODS.items():
-            draw(axis, one["methods"].get(method, {}), name, label)
+            if not method.endswith("-sampled"):
+                draw(axis, one["methods"].get(method, {}), name, label)
         axis.set(title=title)
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
