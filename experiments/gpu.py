@@ -1,23 +1,19 @@
 """gpu.py: does a GPU compute what the CPU does? Any run on a GPU relies on this.
 
     python experiments/gpu.py                         # all parts
-    python experiments/gpu.py exact resume            # some
+    python experiments/gpu.py exact                   # one
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 
     exact   sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens
             of the same episodes the same log-probability: the largest difference in nats, and the
             share of ratios outside 1 +- 0.2
     ddp     one PPO step in a process group of one (NCCL) changes the weights as one without
-    resume  the debug preset, interrupted and resumed: does it log what the uninterrupted run logs?
 
 A part that fails is reported, and the others go on. How fast a GPU is: gpu_speed.py. Does it learn?
 python train.py --device cuda, with --dtype float32 and without.
 """
 import argparse
-import json
 import math
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +32,6 @@ from envs import Stream
 from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, turn_cap
 from model import GPT, GPTConfig
 
-HERE = Path(__file__).resolve().parents[1]
 SIZES = {"0.5M": (4, 4, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
 
 
@@ -75,25 +70,6 @@ def metronomes(episodes):
     """The arguments of rollout() for that many Metronome episodes."""
     rngs = [np.random.default_rng(i) for i in range(episodes)]
     return [Metronome() for _ in range(episodes)], keep_last, rngs
-
-
-def script(name, *flags):
-    """Run a script of the main folder to its end."""
-    command = [sys.executable, name, *map(str, flags)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr[-2000:]}")
-
-
-def debug_flags(args, out):
-    """The debug preset for one agent, even smaller with --quick."""
-    few = "--primer-steps 3 --demos-steps 3 --ppo-steps 4 --eval-objectives 1".split()
-    flags = ["--preset", "debug", "--device", args.device, "--agents", "mem1", "--out", out]
-    return flags + (few if args.quick else [])
-
-
-def logged(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def random_agent(size, device):
@@ -161,23 +137,7 @@ def ddp(args, folder):
     return {"largest difference of a weight": f"{(after[0] - after[1]).abs().max():.1e}"}
 
 
-def resume(args, folder):
-    script("train.py", *debug_flags(args, folder / "whole"))
-    command = [sys.executable, "-u", "train.py", *debug_flags(args, folder / "parts")]
-    run = subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.PIPE)
-    assert any(line.startswith("ppo") for line in run.stdout), "it never came to PPO"
-    run.send_signal(signal.SIGINT)
-    run.communicate()
-    script("train.py", "--out", folder / "parts", "--resume")
-    whole, parts = logged(folder / "whole"), logged(folder / "parts")
-    assert [row["step"] for row in whole] == [row["step"] for row in parts]
-    off = 0.0
-    for a, b in zip(whole, parts):
-        off = max(off, *(abs(a[key] - b[key]) for key in ("loss", "reward") if key in a))
-    return {"exit code when interrupted": run.returncode, "difference in the log": f"{off:.1e}"}
-
-
-PARTS = dict(exact=exact, ddp=ddp, resume=resume)
+PARTS = dict(exact=exact, ddp=ddp)
 
 
 def main(parts):
