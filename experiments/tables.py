@@ -30,7 +30,7 @@ METHODS = {
     "mem1-demos-oracle": "mem1, oracle notes",
     "full-demos": "full context, oracle notes",
     "full": "full context, after PPO",
-    "full-list-demos": "full context that lists all"}
+    "full-list-demos": "full context that lists all, oracle notes"}
 EXPOSURE = {  # agents of exposure.json
     "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
     "mem1-random": "mem1-demos", "mem1-random-ppo": "mem1", "mem1-ppo": "mem1-oracle",
