@@ -98,6 +98,7 @@ class Env:
     prompt  the task as text
     golds   [(index, answer), ...], the right answers
     """
+
     turns_per_hop = 1  # turns allowed per hop
     longest = len(INDICES)  # most objectives
     needs = {}  # the flags {name: value} that train.py must be given
@@ -315,7 +316,8 @@ def score(text, golds):
     for index, gold in golds:
         got, want = given.get(index, []), words(gold)
         common = sum(min(got.count(w), want.count(w)) for w in set(want))
-        em += got == want
+        if got == want:
+            em += 1
         f1 += 2 * common / (len(got) + len(want))
     return em, f1
 

@@ -32,7 +32,7 @@ from envs import Stream, keyed_rng
 from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_past
 from model import GPT, GPTConfig
 
-SEED = 1  # of validation and test episodes, for every run; those of 0 were seen by earlier code
+SEED = 1  # of validation and test episodes, for every run; 0's were seen while settings were chosen
 MOST_PLAYED = 4096  # questions in a cell of the table
 
 # What is in a checkpoint.
@@ -96,7 +96,8 @@ def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
         right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
         rows.append(dict(
             em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
-            malformed=env.cause == "malformed", right=sum(right) / len(right), time=traj.seconds))
+            malformed=int(env.cause == "malformed"), right=sum(right) / len(right),
+            time=traj.seconds))
     return ppo.mean_of(rows)
 
 
@@ -110,12 +111,13 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """What to test of a run: its agents, greedy. If PPO was done, which samples, sampled, too."""
+    """What to test of a run: its agents, greedy; before and after PPO also sampled, as PPO does."""
     names = []
-    for name in [name for name in models if name != "primer"]:
-        names.append(name)
-        if name.removesuffix("-demos") in models:
-            names.append(f"{name}-sampled")
+    for name in models:
+        if name != "primer":
+            names.append(name)
+            if name.removesuffix("-demos") in models:
+                names.append(f"{name}-sampled")
     return names
 
 
@@ -135,7 +137,7 @@ def table(models, cfg, chosen, episodes, log):
         model, policy, sampled = load_method(models, name, cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
-            some = max(1, min(episodes, MOST_PLAYED // n))
+            some = min(episodes, MOST_PLAYED // n)
             r = measure(model, policy, cfg, n, some, Stream.TEST, sampled)
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
@@ -198,7 +200,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (python {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
 
 
 def main(argv=None):

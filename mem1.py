@@ -501,9 +501,8 @@ def make_rows(trajs, budget=8192, which=None):
     for batch in batches:
         ids, loss_mask, starts = zip(*batch)
         index = [torch.arange(sum(mask)) + start for mask, start in zip(loss_mask, starts)]
-        found.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))
+        found.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))  # (B, T) twice, (m,)
     return found
-
 
 
 def predict(model, rows):

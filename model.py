@@ -240,5 +240,5 @@ class Cache:
         kv = self.kv[i, : self.B]  # (B, 2, nh, slots, hs)
         row = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         new = torch.stack([k, v], 1).to(kv.dtype)  # (B, 2, nh, T, hs)
-        kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)
+        kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)  # (B, T, nh, 2, hs)
         return *kv[..., : self.L, :].unbind(1), self.mask

@@ -358,7 +358,7 @@ def test_the_demonstrator_answers_all_questions_under_every_policy(name):
         assert answered(n, 3) == [n] * 3
     assert np.mean(answered(16, 20, max_turns=10)) < 12
     # Of random notes one in six is right, as of any name in view; the last answer always is.
-    assert np.mean(answered(16, 20, rng=default_rng(0))) == approx(1 + 15 / 6, abs=1)
+    assert np.mean(answered(16, 60, rng=default_rng(0))) == approx(1 + 15 / 6, abs=0.5)
 
 
 some_seen = ("<IS>|<query>|<answer>|<end>|<info>|;|:|::|.|left=3|left=1|answer|#64|#65|#9|jelo|"
@@ -558,13 +558,15 @@ def test_one_whole_update_equals_an_independent_computation(epochs, cap):
 
 
 def train_a_little(rank, world_size, folder):
-    """Two steps of PPO in one of the processes; leaves weights and log."""
+    """Two steps of imitation and of PPO in one of the processes; leaves weights and log."""
     gpt = learner = talkative()
     if world_size > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
         learner = torch.nn.parallel.DistributedDataParallel(gpt)
     cfg = dataclasses.replace(ALL_ON, ppo_minibatches=3)
     for step in range(2):
+        trajs = [mem1.exercise(cfg, step, 0, 4), expert_rollout(ComposedQA(2), keep_last)]
+        train.imitate(learner, sgd(gpt.parameters()), make_rows(trajs[rank::world_size]), cfg)
         mine = worlds(seed=step)[rank::world_size]
         row = ppo.update(learner, sgd(gpt.parameters()), talkative(1), mine, keep_last, cfg, step)
     torch.save([[*gpt.parameters()], row], folder / f"{rank} of {world_size}")
@@ -611,10 +613,8 @@ def outcome(out):
 
 def weights(out):
     """A hash of each model's weights, which pytest would print otherwise."""
-    hashes = {}
-    for name, saved in evaluation.load_checkpoint(out)["models"].items():
-        hashes[name] = hash(str([w.tolist() for w in saved["weights"].values()]))
-    return hashes
+    models = evaluation.load_checkpoint(out)["models"]
+    return {k: hash(str([w.tolist() for w in m["weights"].values()])) for k, m in models.items()}
 
 
 class Trap:
@@ -729,7 +729,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 --env mars: env; --env shop: --around 0; --env count: --demos oracle; --around 40: around
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
---gamma 1.1: gamma; --ppo-lr nan: ppo-lr; --out "": a directory; --out {}: holds a run already
+--around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --ppo-lr nan: ppo-lr
+--workers 999: workers; --out "": a directory; --out {}: holds a run already
 --resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt
 --resume --out {}/unknown: another train.py; --resume --out {}/wide: size; {}/foreign: contents
 {}/malicious: checkpoint.pt; {} --episodes 0: --episodes; {} --show 0: --show
@@ -739,7 +740,7 @@ def test_bad_flags_and_runs_that_they_do_not_fit_get_one_line_and_an_exit_code(f
     given = [] if bad.startswith(("{}", "--resume")) else [*TINY, finished / "none"]
     main = evaluation.main if bad.startswith("{}") else train.main
     code, (line,) = run(*given, *shlex.split(flags), main=main)
-    assert code > 0 and words in line
+    assert code == (1 if words == "/proc/run" else 2) and words in line
 
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):
@@ -771,7 +772,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="--nproc 2 needs two cores")
-def test_two_processes_imitate_as_one_and_a_killed_worker_ends_them_in_one_line(finished, tmp_path):
+def test_a_killed_worker_ends_all_processes_in_one_line(tmp_path):
     flags = *TINY, str(tmp_path), "--ppo-steps", "999", "--nproc", "2"
     launcher = subprocess.Popen([sys.executable, "train.py", *flags], cwd=HERE, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -780,8 +781,6 @@ def test_two_processes_imitate_as_one_and_a_killed_worker_ends_them_in_one_line(
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, said = launcher.communicate(timeout=200)
     assert launcher.returncode > 0 and said.count("\n") == 1 and "--resume" in said
-    for one, two in zip(logged(finished)[:8], logged(tmp_path)[:8], strict=True):
-        assert two["loss"] == approx(one["loss"], rel=1e-4)
 
 
 @parametrize("module", [envs, model, mem1, ppo, train, evaluation])

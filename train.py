@@ -110,7 +110,7 @@ class Config:
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; in other stages 25 times
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
-    eval_episodes: int = 128  # per cell of the final table
+    eval_episodes: int = 128  # per cell of the final table, but at most eval.MOST_PLAYED questions
     valid_episodes: int = 64  # per validation
 
 

@@ -33,8 +33,6 @@ from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, tur
 from model import GPT, GPTConfig
 
 SIZES = {"0.5M": (4, 4, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
-
-
 GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metronome; its turns
 
 
