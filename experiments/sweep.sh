@@ -11,25 +11,25 @@ export out OMP_NUM_THREADS=1
 mkdir -p "$out"
 far="--eval-objectives 1 2 4 8 16 32 64"
 imitate="--agents mem1 full full-list --demos oracle --ppo-steps 0 $far"
-from_demos='--agents mem1 --start $out/L4-seed-$seed'
+from_demos="--agents mem1 --start $out/L4-seed-SEED"
 
 runs() {  # lines of name|script|flags
     while IFS="|" read -r seeds name script flags; do
         for seed in $(fold -w1 <<< "$seeds"); do
-            echo "$name-seed-$seed|$script|--seed $seed $(eval echo "$flags")"
+            echo "$name-seed-$seed|$script|--seed $seed ${flags//SEED/$seed}"
         done
     done <<END
 012|L4|train.py|--agents mem1
 0|L4-oracle|train.py|$imitate
 12|L4-full|train.py|--agents full --ppo-steps 0 $far
-0|L4-ppo|train.py|--agents full --start \$out/L4-oracle-seed-0
-12|L4-ppo|train.py|--agents full --start \$out/L4-full-seed-\$seed
+0|L4-ppo|train.py|--agents full --start $out/L4-oracle-seed-0
+12|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
 12|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
 012|stitched|experiments/layouts.py --train stitched|$from_demos
 012|released|experiments/layouts.py --train released|$from_demos
 34|L4|train.py|--agents mem1
 34|L4-full|train.py|--agents full --ppo-steps 0 $far
-34|L4-ppo|train.py|--agents full --start \$out/L4-full-seed-\$seed
+34|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
 34|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
 012|L20|train.py|--agents mem1 --around 20
 012|L20-oracle|train.py|$imitate --around 20
@@ -46,8 +46,8 @@ runs() {  # lines of name|script|flags
 012|full-2x|train.py|--agents full --n-embd 136 --ppo-steps 0
 012|L8|train.py|--agents mem1 --around 8
 012|L2|train.py|--agents mem1 --around 2
-012|L20-ppo|train.py|--agents mem1 full full-list --demos oracle --around 20 --start \$out/L20-oracle-seed-\$seed
-012|L4-more-ppo|train.py|--agents mem1 full-list --demos oracle --start \$out/L4-oracle-seed-\$seed
+012|L20-ppo|train.py|--agents mem1 full full-list --demos oracle --around 20 --start $out/L20-oracle-seed-SEED
+012|L4-more-ppo|train.py|--agents mem1 full-list --demos oracle --start $out/L4-oracle-seed-SEED
 0|web|train.py|--env web
 END
 }

@@ -30,17 +30,19 @@ METHODS = {
     "mem1-demos-oracle": "mem1, oracle notes",
     "full-demos": "full context, oracle notes",
     "full": "full context, after PPO",
+    "full-sampled": "full context, after PPO, sampled",
     "full-list-demos": "full context that lists all, oracle notes"}
 EXPOSURE = {  # agents of exposure.json
     "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
     "mem1-random": "mem1-demos", "mem1-random-ppo": "mem1", "mem1-ppo": "mem1-oracle",
     "full-ppo": "full", "full-list-ppo": "full-list"}
+CURVES = "reward", "memory", "ev", "gap"  # what is kept of the log of PPO
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # of n seeds, two-sided
 
 
 def collect(paths):
-    """Finished runs as one: {"methods": {method: {seed: {objectives: measures}}}, "curves", "meta"}.
-    A larger model is called `full-2x`; mem1 of a run with --demos oracle, `mem1-oracle`."""
+    """Finished runs of one world as {"methods": {method: {seed: {objectives: measures}}}, "curves":
+    {agent: {seed: [CURVES of each PPO iteration]}}, "meta": {run: ...}}."""
     runs = [(Path(path), *load_run(path)) for path in paths]
     sizes = []
     for _, _, models in runs:
@@ -54,7 +56,8 @@ def collect(paths):
         if not (path / "results.json").is_file():
             raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
         results = json.loads((path / "results.json").read_text())
-        one["meta"][path.name] = {**results.pop("meta"), "config": vars(cfg)}
+        config = {name: value for name, value in vars(cfg).items() if name not in ("out", "start")}
+        one["meta"][path.name] = {**results.pop("meta"), "config": config}
         larger, seed = round(size / min(sizes)), str(cfg.seed)
         for method, cells in results.items():
             name = full_name(method, cfg, larger)
@@ -65,14 +68,15 @@ def collect(paths):
         for line in (path / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             if row["stage"] == "ppo":
-                point = round(row["reward"], 4), round(row["memory"], 4)
+                point = [float(f"{row[name]:.3g}") for name in CURVES]
                 name = full_name(row["agent"], cfg, larger)
                 one["curves"].setdefault(name, {}).setdefault(seed, []).append(point)
     return one
 
 
 def full_name(method, cfg, larger):
-    """A method's name among those of other runs."""
+    """A method's name among those of other runs: `full-2x` of a model twice as large,
+    `mem1-oracle` if it imitated oracle notes."""
     if larger > 1:
         method += f"-{larger}x"
     if cfg.demos == "oracle" and method.startswith("mem1"):
@@ -123,6 +127,29 @@ def readme_table(one):
                      "dependency", "seconds", "malformed"], rows)
 
 
+def by_seed(methods, names):
+    """EM of each method and seed."""
+    rows = []
+    for method in names:
+        for seed, cells in sorted(methods[method].items()):
+            one = {method: {seed: cells}}
+            em = [mean(one, method, n, "em") for n in (2, 8, 16, 32, 64)]
+            rows.append([f"`{method}`", seed, *em])
+    return markdown(["em", "seed", 2, 8, 16, 32, 64], rows)
+
+
+def ppo_table(curves):
+    """mem1's CURVES at some iterations of PPO, and the largest gap of all."""
+    rows, shown = [], (1, 4, 8, 12, 16, 20, 30, 40, 50, 60)
+    for seed, curve in sorted(curves.get("mem1", {}).items()):
+        *columns, gap = zip(*curve)
+        for name, values in zip(CURVES, columns):
+            found = [f"{values[i - 1]:.2f}" for i in shown if i <= len(values)]
+            rows.append([f"seed {seed}, {name}", *found])
+        rows.append([f"seed {seed}, largest gap", f"{max(gap):.1e}"])
+    return markdown(["iteration", *shown], rows)
+
+
 def comparison(methods, a="mem1", b="full"):
     """EM and peak of a over those of b, seed by seed, so on the same tasks: mean and 95% interval.
     """
@@ -167,8 +194,9 @@ def plot(one, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
     for curve in one["curves"].get("mem1", {}).values():
-        for k, values in enumerate(zip(*curve)):  # reward, memory
-            axes[2].plot(values, color=f"C{k}")
+        reward, memory, *_ = zip(*curve)
+        axes[2].plot(reward, color="C0")
+        axes[2].plot(memory, color="C1")
     axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
     for axis, name, title in zip(axes, ("em", "peak"), ("questions answered", "peak tokens")):
@@ -245,10 +273,11 @@ def main(argv=None):
                 print(f"\nL = {around}: {title}\n\n{text}")
         return
     methods = one["methods"]
-    tables = {"the README's table": readme_table(one), **report(methods, sorted(methods))}
-    for title, text in tables.items():
-        print(f"\n{title}\n\n{text}")
-    print(f"\nseed by seed\n\n{comparison(methods)}\n\n{comparison(methods, 'mem1', 'full-demos')}")
+    names = [name for name in METHODS if name in methods] + sorted(set(methods) - set(METHODS))
+    tables = [readme_table(one), *report(methods, names).values(),
+              comparison(methods, "mem1", "full-demos"), comparison(methods),
+              by_seed(methods, names), ppo_table(one["curves"])]
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":
