@@ -191,7 +191,7 @@ def markdown(head, rows):
 def plot(one, path):
     """EM and peak tokens over the horizon, and what PPO discovers: mem1's reward and memory over
     the iterations, all seeds."""
-    plt = pyplot()
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
     for curve in one["curves"].get("mem1", {}).values():
         reward, memory, *_ = zip(*curve)
@@ -211,7 +211,7 @@ def plot(one, path):
 
 def plot_exposure(found, path):
     """Share of the questions answered over the horizon, a panel for each L."""
-    plt = pyplot()
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True)
     for axis, (around, agents) in zip(np.atleast_1d(axes), found.items()):
         for agent in agents:
@@ -236,14 +236,6 @@ def draw(axis, seeds, name, label, share=False):
     axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
     axis.set(xscale="log", xlabel="questions in the task")
     axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
-
-
-def pyplot():
-    """matplotlib, drawing to files."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -217,3 +218,18 @@ def test_two_machines_under_torchrun_train_as_one_process(tmp_path):
     assert len(rows) == 16
     for row, same in rows[:12]:  # PPO earns nothing in so short a run: its gradient is rounding
         assert same["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+def test_every_link_between_the_documents_leads_to_a_file_and_a_heading():
+    here = Path(__file__).resolve().parents[1]
+    anchors = {}
+    for path in [*here.glob("*.md"), *here.glob("*/*.md")]:
+        heads = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+        anchors[path] = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+    links = [(path, link) for path in anchors
+             for link in re.findall(r"\]\((?!http)([^)]*)\)", path.read_text())]
+    assert len(links) > 40 and any("#" in link for _, link in links)
+    for path, link in links:
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists() and (not anchor or anchor in anchors[target]), (path, link)
