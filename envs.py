@@ -29,10 +29,8 @@ from enum import IntEnum
 
 import numpy as np
 
-# --- Randomness
+# --- Randomness. Training, validation and test episodes never share a key.
 
-
-# What a generator is for. Training, validation and test episodes never share a key.
 Stream = IntEnum("Stream", "PRIMER DEMOS PPO VALID TEST", start=0)
 
 
@@ -76,9 +74,7 @@ def words(text):
 
 
 def asked(subject, relations):
-    """A question as words, with a colon for each relation still to be followed.
-
-    With none left, it is just the answer. So the first word tells how many hops are left.
+    """A question as words, with a colon for each hop that is left; with none, just the answer.
 
     >>> asked("milu", ["pupil", "neighbour"]), asked("veba", [])
     (['::', 'milu', 'pupil', 'neighbour'], ['veba'])
@@ -98,10 +94,9 @@ class Env:
     prompt  the task as text
     golds   [(index, answer), ...], the right answers
     """
-
     turns_per_hop = 1  # turns allowed per hop
     longest = len(INDICES)  # most objectives
-    needs = {}  # the flags {name: value} that train.py must be given
+    needs = {}  # flags that train.py must be given
     extra_words = ()  # that are to be tokens, besides WORDS
 
     def __init__(self, n_objectives, max_turns):
@@ -113,15 +108,14 @@ class Env:
         self.turn = 0
         self.done = False
         self.cause = None  # what ended the episode: "answered", "out of turns" or "malformed"
-        self.em = 0  # after the last step, a sum over objectives (0..N), as f1
-        self.f1 = 0.0
+        self.em = 0  # after the last step: objectives answered exactly, 0..N
 
     def answers_shown(self, query, info):
         """Answers {(index, answer), ...} that an <info> shows; none where no list is kept."""
         return set()
 
     def mark(self, text):
-        """(em, f1) of an answer."""
+        """EM of an answer."""
         return score(text, self.golds)
 
     def step(self, kind, text):
@@ -142,7 +136,7 @@ class Env:
         self.done = True
         self.cause = {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
         if kind == "answer":
-            self.em, self.f1 = self.mark(text)
+            self.em = self.mark(text)
         return ""
 
 
@@ -286,11 +280,6 @@ def world(name):
         raise ValueError(f"--env {name}: no such world in experiments/ ({error})")
 
 
-def make_env(cfg, n_objectives, seed):
-    """The environment of one episode in the world of a configuration."""
-    return world(cfg.env)(n_objectives, cfg.hops, seed)
-
-
 def longest_horizon(cfg):
     """The most objectives for which a world has enough indices and names."""
     return min(world(cfg.env).longest, len(NAMES) // cfg.hops[1])
@@ -300,26 +289,19 @@ def longest_horizon(cfg):
 
 
 def score(text, golds):
-    """(EM, F1) of an answer, summed over the objectives (MEM1 app. A.4), each 0..N.
+    """EM of an answer, summed over the objectives (MEM1 app. A.4), 0..N.
 
-    The answer is a list of `#index words`. Anything before the first index is ignored;
-    of an index that occurs twice, the first entry counts.
+    The answer is a list of `#index words`. Anything before the first index is ignored; of an index
+    that occurs twice, the first entry counts. F1 is left out: for answers of one word it is EM.
 
     >>> score("#7 dabo #8 kilu mose", [("#7", "dabo"), ("#8", "kilu"), ("#9", "tifa")])
-    (1, 1.6666666666666665)
+    1
     """
     given = {}
     for section in " ".join(words(text)).split("#")[1:]:
         index, *entry = section.split()
         given.setdefault(f"#{index}", entry)
-    em, f1 = 0, 0.0
-    for index, gold in golds:
-        got, want = given.get(index, []), words(gold)
-        common = sum(min(got.count(w), want.count(w)) for w in set(want))
-        if got == want:
-            em += 1
-        f1 += 2 * common / (len(got) + len(want))
-    return em, f1
+    return len([index for index, gold in golds if given.get(index) == words(gold)])
 
 
 # --- The demonstrator

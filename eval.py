@@ -7,14 +7,13 @@ Greedy decoding; a method called -sampled samples at temperature 1, as PPO does.
 from keys that no training and no validation episode has. A cell has at most 4096 questions, so at
 32 objectives 128 episodes.
 
-    em, f1      objectives answered exactly, and their token F1, summed over the objectives (0..N)
+    em          objectives answered exactly, 0..N
     peak        most tokens in context over the turns, prompt not counted, as in the paper; averaged
                 over all episodes (the paper's code averages over those with some success)
     dependency  tokens each written token looked back on, summed, prompt not counted (app. A.4)
     turns       exchanges with the environment
     malformed   share of episodes that end in a malformed turn, or one cut off at the length limit
-    right       share of turns that equal, token for token, what the demonstrator with oracle notes
-                would write, given what the agent saw
+    right       share of turns that are exactly what the demonstrator with oracle notes would write
     time        seconds per episode, many played side by side
 """
 import argparse
@@ -50,7 +49,7 @@ def load_checkpoint(out):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(set(state) == set(CHECKPOINT), "it has other contents")
     except Exception as error:  # what is in a foreign file may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is not an intact checkpoint of this code: {reason}")
     return state
 
@@ -83,7 +82,7 @@ def load_model(saved, device="cpu"):
 def play(model, policy, cfg, n_objectives, which, split, sampled=False):
     """The trajectories of some episodes of one horizon, greedy or sampled. which: their numbers."""
     keys = [[SEED, split, n_objectives, i, 0] for i in which]
-    environments = [envs.make_env(cfg, n_objectives, key) for key in keys]
+    environments = [envs.world(cfg.env)(n_objectives, cfg.hops, key) for key in keys]
     rngs = [keyed_rng(SEED, split, n_objectives, i, 2) for i in which] if sampled else None
     return rollout(model, environments, policy, rngs, min(cfg.play_batch, 256))  # bounds the cache
 
@@ -95,7 +94,7 @@ def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
         turns, env = traj.turns, traj.env
         right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
         rows.append(dict(
-            em=env.em, f1=env.f1, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
+            em=env.em, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
             malformed=int(env.cause == "malformed"), right=sum(right) / len(right),
             time=traj.seconds))
     return ppo.mean_of(rows)
@@ -103,11 +102,9 @@ def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
 
 def validate(model, agent, cfg):
     """EM at 2 and 16 objectives, or the most tested: {"em@2": ..., "em@16": ...}."""
-    found = {}
-    for n in sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)}):
-        r = measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes, Stream.VALID)
-        found[f"em@{n}"] = r["em"]
-    return found
+    policy, few = POLICIES[agent], cfg.valid_episodes
+    horizons = sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)})
+    return {f"em@{n}": measure(model, policy, cfg, n, few, Stream.VALID)["em"] for n in horizons}
 
 
 def methods(models):
@@ -130,7 +127,7 @@ def load_method(models, name, device):
 
 def table(models, cfg, chosen, episodes, log):
     """{method: {objectives: measures}}; log(line) of each as it is known."""
-    measured = "em f1 peak dependency turns malformed right time".split()
+    measured = "em peak dependency turns malformed right time".split()
     log(f"{'method':23s} {'N':>3s}" + "".join(f"{key:>11s}" for key in measured))
     results = {}
     for name in chosen:

@@ -10,10 +10,6 @@ Most agents append every turn to their context. A MEM1 agent rewrites one compac
              kept    kept from the last turn:        written now: in the loss, exactly
              always  only read, not in the loss      once (all but <IS>, which is given)
 
-This file holds the whole method except the optimiser: tags and tokenizer, the parser for the
-agent's output, the turn, the context policies (what to keep), the rollout, and the rows that the
-learner trains on.
-
 The one idea: every token is trained in the context in which it was sampled. A Turn holds what the
 agent saw and what it wrote; the learner reads the two as one row under a plain causal mask, and the
 loss is on what was written. Nothing is approximated.
@@ -174,20 +170,18 @@ class Trajectory:
 
 
 def memory_recall(traj):
-    """Which answers the agent found and its state holds: [(found, held), ...], one per query.
-
-    found  answers {(index, answer), ...} that it has asked for and been shown before this turn
-    held   those of them that stand in its state (an agent that keeps older states need not repeat
-           them)
-    """
-    found, rows = set(), []
+    """(due, held), summed over the turns that search: how many answers the agent has asked for and
+    been shown in earlier turns, and how many of them stand in its state. (An agent that keeps older
+    states need not repeat them.)"""
+    found = set()  # {(index, answer), ...}
+    due, held = 0, 0
     for turn in traj.turns:
         kind, state, text = parse(turn.written)
         if kind == "query":
-            entries = set(re.findall(envs.ENTRY, ENC.decode(state)))
-            rows.append((set(found), found & entries))
+            due += len(found)
+            held += len(found.intersection(re.findall(envs.ENTRY, ENC.decode(state))))
         found |= traj.env.answers_shown(text, ENC.decode(turn.info))
-    return rows
+    return due, held
 
 
 # --- Context policies: what the next turn sees of the turns so far. It always sees the prompt.
@@ -204,9 +198,8 @@ def keep_all(turns):
 
 
 def keep_all_relist(turns):
-    """The same context, but the demonstrator repeats the whole list in every state, as it does for
-    keep_last; for keep_all it writes only what is new. This tells apart what MEM1 owes to rewriting
-    its state and what to pruning the rest."""
+    """The same, but to imitate a demonstrator that repeats the whole list in every state, as for
+    keep_last. It tells apart what rewriting the state buys and what pruning the rest buys."""
     return keep_all(turns)
 
 
@@ -220,11 +213,8 @@ def keep_similar(turns):
     later. An external memory with retrieval (after A-MEM, arXiv 2502.12110; MEM1 app. A.4)."""
     *earlier, last = turns
     query = set(last.written[len(last.state) :])
-
-    def overlap(t):
-        return len(query & {*earlier[t].written, *earlier[t].info}), t
-
-    nearest = sorted(range(len(earlier)), key=overlap)[-2:]
+    overlap = [len(query & {*turn.written, *turn.info}) for turn in earlier]
+    nearest = sorted(range(len(earlier)), key=overlap.__getitem__)[-2:]
     return keep_all([earlier[t] for t in sorted(nearest)] + [last])
 
 
@@ -257,8 +247,7 @@ def expert(env, policy, turns, rng=None):
 
 
 def expert_rollout(env, policy, rng=None, until=None):
-    """An episode played by the scripted demonstrator, as a trajectory to imitate. It ends before
-    the turn that takes up the question with index `until`, if given."""
+    """An episode of the demonstrator, to imitate. It ends before question `until`, if given."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
         written = expert(env, policy, traj.turns, rng)
@@ -270,11 +259,8 @@ def expert_rollout(env, policy, rng=None, until=None):
 
 def play_history(env, policy, first, rng=None):
     """Let the demonstrator answer the questions before number `first` (from 0), under this context
-    policy. rng: as in expert(). Its turns are stored in env.history.
-
-    The turn that takes up question `first` is the agent's: it sees what it would see at this point
-    if it had to answer all questions.
-    """
+    policy, into env.history. The turn that takes up question `first` is the agent's: it sees what
+    it would see there if it had to answer all. rng: as in expert()."""
     index = envs.read_questions(env.prompt)[first][0]
     env.history = expert_rollout(env, policy, rng, until=index).turns
 
@@ -297,8 +283,7 @@ def exercise(cfg, step, i, longest):
 
 
 def turn_cap(env):
-    """Most tokens that an agent may write in a turn: index and name for each question, plus room
-    for the rest."""
+    """Most tokens that an agent may write in a turn: two per question, and room for the rest."""
     return 2 * env.n_questions + 24
 
 
@@ -310,8 +295,8 @@ def rollout(model, environments, policy, rngs=None, batch=64):
            None: greedy, always the likeliest token
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
-    pairs = list(zip(trajs, rngs or [None] * len(trajs)))
-    pairs.sort(key=lambda pair: len(pair[0].prompt))  # little padding
+    pairs = zip(trajs, rngs or [None] * len(trajs))
+    pairs = sorted(pairs, key=lambda pair: len(pair[0].prompt))  # little padding
     for i in range(0, len(pairs), batch):
         some, some_rngs = zip(*pairs[i : i + batch])
         rollout_batch(model, some, policy, some_rngs)
@@ -320,8 +305,7 @@ def rollout(model, environments, policy, rngs=None, batch=64):
 
 @torch.no_grad()
 def rollout_batch(model, trajs, policy, rngs):
-    """Play some trajectories side by side, from their first turn to their last. rngs: one each; all
-    None to play greedily."""
+    """Play some trajectories to their ends, side by side. rngs: one each, or all None: greedy."""
     weight = model.emb.weight
     started = time.perf_counter()
     cache = Cache(model, len(trajs))
@@ -462,8 +446,7 @@ class Rows:
 
 
 def merged_turns(traj):
-    """The rows of an episode, [(ids, loss_mask), ...], one per turn but for those that continue the
-    row before. For keep_all all turns become one row; otherwise their cost would be quadratic."""
+    """The rows of an episode: [(ids, loss_mask), ...], see Rows. Sharing a row only saves time."""
     rows = []
     for turn in traj.turns:
         if not rows or turn.context[: len(rows[-1][0])] != rows[-1][0]:

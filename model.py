@@ -70,11 +70,8 @@ class GPT(nn.Module):
         return F.linear(x, self.emb.weight)
 
     def value(self, x):
-        """(..., C) -> (...): what the rest of the episode is expected to earn.
-
-        Adam moves every weight by about lr at every step, however noisy the returns, so a sum over
-        C of them moves by up to C lr. Scaled down, the value adds less noise to the advantages.
-        """
+        """(..., C) -> (...): what the rest of the episode is expected to earn. Scaled down, since
+        Adam moves each of C weights by about lr, however noisy the returns."""
         return self.value_head(x).squeeze(-1) * x.size(-1) ** -0.5
 
 

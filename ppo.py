@@ -1,10 +1,9 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-Begin with update(): one iteration, from the rollout to the optimizer steps. Rows.loss_mask
-(mem1.py) says which tokens of a padded row the agent chose, and predict() returns only those.
-Everything about them is kept flat, one episode after another, in the order in which they were
-sampled: after a sampled token comes the next sampled one, even if that is a turn later, so credit
-flows through the whole episode, across all that was read in between (MEM1 sec. 3.3, app. A.5).
+Begin with update(): one iteration, from the rollout to the optimizer steps. Everything about the
+tokens that the agent chose is kept flat, one episode after another, as sampled: the next step is
+the next sampled token, even if that is a turn later, so credit flows through the whole episode,
+across all that was read in between (MEM1 sec. 3.3, app. A.5).
 
     M trained tokens, m of them in the rows at hand, J turns
     old_logp, old_value, ref_logp, adv, ret: (M,);  logp, value, entropy of the learner: (m,)
@@ -99,7 +98,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
     tokens, entropy, kl, to_ref, clip = all_reduce(sums).tolist()
     return dict(
-        mean_over_episodes(trajs), tokens=int(tokens), norm=norm,
+        mean_over_episodes(trajs), tokens=tokens, norm=norm,
         kl=kl / tokens, ref=to_ref / tokens, clip=clip / tokens, ent=entropy / tokens,
         ev=explained_variance(old_value, ret), gap=all_reduce(gap, dist.ReduceOp.MAX).item())
 
@@ -176,16 +175,14 @@ def mean_over_episodes(trajs):
     """What to log of the episodes of all processes: {name: mean}."""
     rows = []
     for traj in trajs:
-        memory = memory_recall(traj)
+        due, held = memory_recall(traj)
         rows.append(dict(
             reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
-            turns=len(traj.turns),
-            unpruned=len(visible_past(traj.env, keep_all, traj.turns)),  # in a full context
-            found=sum(len(found) for found, _ in memory),
-            held=sum(len(held) for _, held in memory)))
+            turns=len(traj.turns), due=due, held=held,
+            unpruned=len(visible_past(traj.env, keep_all, traj.turns))))  # in a full context
     row = mean_of(rows)
-    found, held = row.pop("found"), row.pop("held")
-    return dict(row, memory=held / found if found else 0.0)
+    due, held = row.pop("due"), row.pop("held")
+    return dict(row, memory=held / due if due else 0.0)
 
 
 # --- The maths, as pure functions
@@ -273,8 +270,7 @@ def approx_kl(logp, old_logp):
 
 
 def explained_variance(value, ret):
-    """1 - Var(ret - value) / Var(ret) over the tokens of all processes: 1 is a perfect critic, 0
-    one that knows no more than the mean."""
+    """1 - Var(ret - value) / Var(ret): 1 is a perfect critic, 0 one that knows only the mean."""
     x, n = centered(torch.stack([ret, ret - value]))  # (2, M)
     of_ret, of_rest = all_reduce((x**2).sum(1)).tolist()
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0

@@ -270,8 +270,7 @@ def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
     for written in zip(states, [*queries, queries[0]]):
         state, query = map(ENC.encode_ordinary, written)
         traj.add_turn(traj.next_context(keep_last), [*state, QUERY, *query, END])
-    recall = [(len(found), len(held)) for found, held in mem1.memory_recall(traj)]
-    assert recall == [(0, 0), (1, 1), (2, 1), (3, 2)]
+    assert mem1.memory_recall(traj) == (0 + 1 + 2 + 3, 0 + 1 + 1 + 2)
     assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
 
 
@@ -339,7 +338,7 @@ def test_the_environment_survives_any_action(first, second, kind, n):
     env = ComposedQA(n, seed=n)
     env.step("query", first)
     assert len(env.step(kind, second)) < 500
-    assert env.done == (kind != "query") and 0 <= env.em <= n and 0 <= env.f1 <= n
+    assert env.done == (kind != "query") and 0 <= env.em <= n
     while not env.done:
         env.step("query", first)
     assert kind != "query" or env.turn == env.max_turns
@@ -377,14 +376,13 @@ def test_the_demonstrator_has_something_to_write_whatever_it_sees(seen, fresh):
 
 @given(lists(names, min_size=1), lists(tuples(integers(0, 6), lists(names, max_size=2))))
 def test_scores_equal_those_of_an_independent_scorer(golds, said):
-    em = f1 = 0
+    em = 0
     for index, gold in enumerate(golds):
         mine = next((entry for i, entry in said if i == index), [])
         em += mine == [gold]
-        f1 += 2 / (len(mine) + 1) if gold in mine else 0
     answer = " , ".join(f"#{i} {' '.join(entry)}" for i, entry in said)
     pairs = [(f"#{i}", gold) for i, gold in enumerate(golds)]
-    assert envs.score(f"so: {answer}!", pairs) == (em, approx(f1))
+    assert envs.score(f"so: {answer}!", pairs) == em
 
 
 def test_what_an_exercise_looks_up_stands_in_its_text():
@@ -432,7 +430,7 @@ def test_training_asks_for_two_answers_after_a_history_of_the_agents_own_kind(ag
     cfg, tasks, listed, right, ends = train.Config(**flags), [], [], [], []
     for stream, i in itertools.product((Stream.DEMOS, Stream.PPO), range(60)):
         env = train.training_task(cfg, agent, stream, 0, i)
-        golds = envs.make_env(cfg, env.n_questions, [0, stream, 0, i, 0]).golds  # of the whole task
+        golds = envs.world(cfg.env)(env.n_questions, cfg.hops, [0, stream, 0, i, 0]).golds  # of all
         for turn in env.history:
             entries = re.findall(envs.ENTRY, ENC.decode(turn.state))
             listed.append(len(entries))
@@ -768,11 +766,11 @@ def test_any_command_line_is_taken_or_refused_in_one_line(flags):
     else:  # what is taken can be played
         assert train.training_task(found, "mem1", Stream.DEMOS, 0, 0).prompt
         for n in found.eval_objectives:
-            assert envs.make_env(found, n, [0]).prompt
+            assert envs.world(found.env)(n, found.hops, [0]).prompt
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="--nproc 2 needs two cores")
-def test_a_killed_worker_ends_all_processes_in_one_line(tmp_path):
+def test_a_killed_worker_ends_all_processes_and_says_how_to_continue(tmp_path):
     flags = *TINY, str(tmp_path), "--ppo-steps", "999", "--nproc", "2"
     launcher = subprocess.Popen([sys.executable, "train.py", *flags], cwd=HERE, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -780,7 +778,7 @@ def test_a_killed_worker_ends_all_processes_in_one_line(tmp_path):
     workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     _, said = launcher.communicate(timeout=200)
-    assert launcher.returncode > 0 and said.count("\n") == 1 and "--resume" in said
+    assert launcher.returncode > 0 and "--resume" in said.splitlines()[-1]
 
 
 @parametrize("module", [envs, model, mem1, ppo, train, evaluation])
@@ -815,7 +813,7 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
     ("mem1.sample", "logps.exp()", "(logps / 0.9).exp()", "what_is_recorded"),
     ("mem1.predict", "x.detach()", "x", "one_whole"),  # the critic changes what it reads
     ("mem1.play_history", "(env, policy, rng,", "(env, keep_all, rng,", "a_piece_begins"),
-    ("mem1.memory_recall", "found & entries", "found", "memory"),
+    ("mem1.memory_recall", "found.intersection(", "found.union(", "memory"),
     ("envs.ComposedQA.take_piece", "self.golds[first : first + n]", "self.golds", "training_asks"),
     ("ppo.update", "in trajs for r", "in trajs[::-1] for r", "one_whole"),  # another's reward
     ("ppo.update", "term).sum() / n_played", "term).mean()", "one_whole"),

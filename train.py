@@ -28,13 +28,11 @@ import io
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -124,14 +122,12 @@ PRESETS = {
         out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
         demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
-        eval_every=50,
-        eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024, valid_episodes=256),
+        eval_every=50, eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024,
+        valid_episodes=256),
 }
-CHOICES = dict(preset=[*PRESETS], device=["auto", "cpu", "cuda"],
-               dtype=["auto", "float32", "bfloat16"], agents=[*POLICIES],
-               demos=["random", "oracle"])
+CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
+               device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
-LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, ppo_steps=0, primer_longest=2,
@@ -171,7 +167,8 @@ def train_stage(run, kind, agent, name, base):
     # 2. The steps that are left.
     began = time.perf_counter()
     for step, data in steps_left(cfg, kind, agent, range(start, steps)):
-        set_lr(optimizer, lr, step, steps, warmup=3 if kind == "ppo" else 50)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step, steps, warmup=3 if kind == "ppo" else 50)
         if kind == "ppo":
             row = ppo.update(learner, optimizer, reference, data, POLICIES[agent], cfg, step)
         else:
@@ -197,8 +194,8 @@ def train_stage(run, kind, agent, name, base):
         began = time.perf_counter()
 
     # 3. Keep a copy of the model.
-    weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
-    state["models"][name] = dict(config=dataclasses.asdict(gpt_config(cfg)), weights=weights)
+    weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    state["models"][name] = dict(config=vars(model.config), weights=weights)
     state.update(stage="", step=0, model=None, optimizer=None)
     save(run)
 
@@ -222,20 +219,13 @@ def imitate(learner, optimizer, batch, cfg):
     return dict(loss=(ppo.all_reduce(total) / n).item(), norm=norm, tokens=int(n))
 
 
-def set_lr(optimizer, lr, step, steps, warmup):
+def lr_factor(step, steps, warmup):
     """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
 
-    >>> optimizer = torch.optim.SGD([torch.zeros(1)])
-    >>> for step in 0, 5, 8:
-    ...     set_lr(optimizer, 1.0, step, 10, warmup=2)
-    ...     print(optimizer.param_groups[0]["lr"])
-    0.5
-    1.0
-    0.5
+    >>> [lr_factor(step, 10, warmup=2) for step in (0, 5, 8)]
+    [0.5, 1.0, 0.5]
     """
-    decay = max(0.05, (steps - step) / (0.4 * steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / warmup, decay)
+    return min(1.0, (step + 1) / warmup, max(0.05, (steps - step) / (0.4 * steps)))
 
 
 # --- Data
@@ -257,14 +247,13 @@ def step_data(cfg, kind, agent, step):
 
 def steps_left(cfg, kind, agent, numbers):
     """(step, its data) for these steps, made ahead by cfg.workers processes, if any."""
-    # A signal may go to the whole process group; workers ignore it, or they would take this process
-    # with them before it has finished its step and saved.
+    # Workers ignore signals, or they would end this process before it has saved.
     loader = DataLoader(
         numbers, batch_size=None, collate_fn=functools.partial(step_data, cfg, kind, agent),
         num_workers=cfg.workers, worker_init_fn=lambda worker: on_signal(signal.SIG_IGN),
         multiprocessing_context="fork" if cfg.workers else None)
-    hide = True if rank() else None  # None: hidden where there is no terminal
-    bar = tqdm(numbers, kind, numbers.stop, leave=False, initial=numbers.start, disable=hide)
+    bar = tqdm(numbers, kind, numbers.stop, leave=False, initial=numbers.start,
+               disable=rank() > 0 or None)  # None: hidden where there is no terminal
     return zip(bar, loader)
 
 
@@ -299,11 +288,10 @@ def training_task(cfg, agent, stream, step, i):
     if cfg.around and rng.random() < cfg.long_prompts:
         most = min(cfg.most_questions, envs.longest_horizon(cfg))
         after = int(rng.integers(most - before - n + 1))
-    env = envs.make_env(cfg, before + n + after, [cfg.seed, stream, step, i, 0])
+    env = envs.world(cfg.env)(before + n + after, cfg.hops, [cfg.seed, stream, step, i, 0])
 
-    # The turn budget. If questions follow: just enough for the agent's own. Else the whole task's,
-    # in some demonstrations less, to show what to do when turns run out, and often more, so that
-    # the agent has seen every "left=" that it meets on a long horizon.
+    # The turn budget. If questions follow: just enough for the agent's own. Else the whole task's;
+    # in some demonstrations less, to show what to do then; often more, to show every "left=".
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
     done = sum(needed[:before])
@@ -339,7 +327,6 @@ def demonstration(cfg, agent, step, i):
 
 @dataclasses.dataclass
 class Run:
-    """A run in this process."""
     cfg: Config
     state: dict  # what a checkpoint holds
     started: float  # perf_counter() when it began, moved forward by any interruption
@@ -393,8 +380,8 @@ def log(run, kind, agent, step, row):
 
 
 def minutes_left(cfg, kind, agent, step, minutes):
-    """Minutes until all stages are done, if steps cost as they usually do on a CPU: half as much in
-    the primer as in imitation, 10 times as much in PPO. The final table is not counted."""
+    """Minutes to the end of all stages, without the final table. A step of PPO usually takes as
+    long as 10 of imitation or 20 of the primer."""
     cost = dict(primer=0.5, demos=1.0, ppo=10.0)
     done, total = 0.0, 0.0
     for stage in stages(cfg):
@@ -440,13 +427,12 @@ def resume_hint(cfg):
 
 def commit():
     """The commit of this code, with `+` if files differ from it; empty if it is no repository."""
-    here = Path(__file__).resolve().parent
     command = "git --git-dir=.git --work-tree=. describe --always --abbrev=40 --exclude=* --dirty=+"
     try:
-        done = subprocess.run(command.split(), cwd=here, capture_output=True, text=True)
+        return subprocess.run(command.split(), cwd=Path(__file__).resolve().parent, text=True,
+                              capture_output=True).stdout.strip()
     except OSError:  # there is no git
         return ""
-    return done.stdout.strip()
 
 
 def locked(out):
@@ -471,7 +457,7 @@ def train(cfg):
         models = load_checkpoint(cfg.start)["models"]
         state["models"] = {base: models[base] for *_, base in stages(cfg)}
     done = state["models"]
-    state.update(config=dataclasses.asdict(cfg), commit=commit())
+    state.update(config=vars(cfg), commit=commit())
     run = Run(cfg, state, time.perf_counter() - state["seconds"])
     if rank() == 0:
         with open(run.log_path, "a") as file:  # steps after the checkpoint will be redone
@@ -490,8 +476,7 @@ def train(cfg):
     trained = {name: done[name] for _, _, name, _ in stages(cfg)}
     results = table(trained, cfg, methods(trained), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
-    meta = dict(seed=cfg.seed, episodes=cfg.eval_episodes, minutes=minutes,
-                commit=state["commit"], torch=torch.__version__)
+    meta = dict(seed=cfg.seed, minutes=minutes, commit=state["commit"], torch=torch.__version__)
     if rank() == 0:
         text = json.dumps({**results, "meta": meta}, indent=1)
         write_atomically(Path(cfg.out) / "results.json", text.encode())
@@ -561,7 +546,7 @@ def configure(given):
         source = cfg.out if cfg.resume else cfg.start
         models = load_checkpoint(source)["models"]
         for name in models if cfg.resume else [base for *_, base in stages(cfg)]:
-            fits = name in models and GPTConfig(**models[name]["config"]) == gpt_config(cfg)
+            fits = name in models and models[name]["config"] == vars(gpt_config(cfg))
             require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
 
@@ -608,24 +593,20 @@ def launch(cfg, argv):
         on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        said = [code for code in codes if code > 0 and code != LOST]
-        if said:
-            sys.exit(min(said))  # it has said why, and the launcher ended the others
-        sys.exit(f"train.py: a process died (exit codes {sorted(codes)}); {resume_hint(cfg)}")
+        codes = sorted({failure.exitcode for failure in error.failures.values()})
+        if codes[0] > 0:
+            sys.exit(codes[0])  # it has said why, and the launcher ended the others
+        sys.exit(f"train.py: a process died (exit codes {codes}); {resume_hint(cfg)}")
 
 
-def main(argv=None):
+def main(argv):
     """Train, in this process or in several."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(argv)
     if cfg.nproc > 1 and not dist.is_torchelastic_launched():
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if cfg.dtype == "bfloat16":
-            torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     if cfg.nproc > 1:
         backend = "nccl" if cfg.device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
@@ -639,15 +620,9 @@ def main(argv=None):
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others
         sys.exit(1)
-    except RuntimeError as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        lost = re.search("gloo|nccl|connection|timed out", str(error), re.I)
-        if not dist.is_initialized() or not lost or f"{os.sep}torch{os.sep}" not in where:
-            raise
-        os._exit(LOST)  # the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -173,7 +173,8 @@ def measure(model, cfg, n, episodes, acts):
     If it does not, the demonstrator plays, and "what acted" is the exact layout: random weights
     would not play an episode to its end.
     """
-    environments = [envs.make_env(cfg, n, [0, Stream.TEST, n, i, 0]) for i in range(episodes)]
+    world = envs.world(cfg.env)
+    environments = [world(n, cfg.hops, [0, Stream.TEST, n, i, 0]) for i in range(episodes)]
     if acts:
         rngs = [keyed_rng(0, Stream.TEST, n, i, 2) for i in range(episodes)]
         trajs = rollout(model, environments, keep_last, rngs)

@@ -9,7 +9,6 @@ paid stands in the run's reward.json.
 
 An episode of N objectives earns, at the end of its last turn:
     em       the share of objectives answered exactly: what train.py pays
-    f1       their mean token F1
     all      1 if all are right, else 0
     format   as em, and 0.2 if the episode ends with an answer
     step     as em; and each turn earns on the way half of the share of the needed facts that its
@@ -30,7 +29,7 @@ import train
 from envs import words
 from mem1 import ENC
 
-REWARDS = "em", "f1", "all", "format", "step"
+REWARDS = "em", "all", "format", "step"
 
 
 def turn_rewards(name, traj):
@@ -40,7 +39,6 @@ def turn_rewards(name, traj):
     earned = new_facts(traj) if name == "step" else [0.0] * len(traj.turns)
     earned[-1] += {
         "em": em,
-        "f1": env.f1 / n,
         "all": float(env.em == n),
         "format": em + (0.2 if env.cause == "answered" else 0.0),
         "step": em,

@@ -124,11 +124,9 @@ class World(Env):
         return sorted(found, key=hits.get, reverse=True)  # reverse keeps the order of equals
 
     def mark(self, text):
-        """(em, f1), which are the same here."""
-        reward = 0.0
         if self.open and words(text) == ["buy"]:
-            reward = self.n_objectives * self.worth(self.open, self.chosen)
-        return reward, reward
+            return self.n_objectives * self.worth(self.open, self.chosen)
+        return 0.0
 
     def random_notes(self, seen, rng):
         """The demonstrator, but a coin toss decides which of two products it remembers."""

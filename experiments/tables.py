@@ -20,8 +20,8 @@ import numpy as np
 
 from eval import Parser, load_run
 
-MEASURES = dict(em=".2f", f1=".2f", peak=".0f", dependency=".0f", turns=".1f", malformed=".1%",
-                right=".1%", time=".3f")
+MEASURES = dict(em=".2f", peak=".0f", dependency=".0f", turns=".1f", malformed=".1%", right=".1%",
+                time=".3f")
 METHODS = {
     "mem1-demos": "mem1, random notes",
     "mem1-demos-sampled": "mem1, random notes, sampled",
@@ -36,6 +36,13 @@ EXPOSURE = {  # agents of exposure.json
     "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
     "mem1-random": "mem1-demos", "mem1-random-ppo": "mem1", "mem1-ppo": "mem1-oracle",
     "full-ppo": "full", "full-list-ppo": "full-list"}
+COMPARED = [
+    ("mem1", "full-demos"),
+    ("mem1", "full"),
+    ("mem1-demos-oracle", "mem1"),
+    ("mem1-demos-oracle", "full-demos"),
+    ("mem1-demos-oracle", "full-list-demos"),  # pruning
+    ("full-list-demos", "full-demos")]  # consolidating
 CURVES = "reward", "memory", "ev", "gap"  # what is kept of the log of PPO
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # of n seeds, two-sided
 
@@ -150,19 +157,20 @@ def ppo_table(curves):
     return markdown(["iteration", *shown], rows)
 
 
-def comparison(methods, a="mem1", b="full"):
-    """EM and peak of a over those of b, seed by seed, so on the same tasks: mean and 95% interval.
-    """
+def comparison(methods, a, b):
+    """How a differs from b, seed by seed, so on the same tasks: mean and 95% interval."""
     seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
     rows = []
     tested = [{int(n) for n in methods[x][seed]} for x in (a, b) for seed in seeds]
     for n in sorted(set.intersection(*tested)) if seeds else []:
-        row = [n]
+        pairs = [(methods[a][seed][str(n)], methods[b][seed][str(n)]) for seed in seeds]
+        row = [n, interval([x["em"] - y["em"] for x, y in pairs], "+.2f")]
         for name in "em", "peak", "dependency", "time":
-            pairs = [(methods[a][s][str(n)][name], methods[b][s][str(n)][name]) for s in seeds]
-            row.append(interval([x / y if y else np.nan for x, y in pairs], ".2f"))
+            ratios = [x[name] / y[name] if y[name] else np.nan for x, y in pairs]
+            row.append(interval(ratios, ".2f"))
         rows.append(row)
-    return markdown([f"`{a}` / `{b}`", "em", "peak", "dependency", "time"], rows)
+    head = ["em less em", "em / em", "peak / peak", "dependency / dependency", "time / time"]
+    return markdown([f"`{a}` and `{b}`", *head], rows)
 
 
 def mean(methods, method, n, name):
@@ -179,7 +187,7 @@ def interval(values, form):
     if len(values) == 1:
         return text
     half = T_95[min(len(values), 6)] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{text} ± {half:{form}}"
+    return f"{text} ± {half:{form.lstrip('+')}}"
 
 
 def markdown(head, rows):
@@ -266,10 +274,9 @@ def main(argv=None):
         return
     methods = one["methods"]
     names = [name for name in METHODS if name in methods] + sorted(set(methods) - set(METHODS))
-    tables = [readme_table(one), *report(methods, names).values(),
-              comparison(methods, "mem1", "full-demos"), comparison(methods),
-              by_seed(methods, names), ppo_table(one["curves"])]
-    print("\n\n".join(tables))
+    tables = [readme_table(one), *report(methods, names).values()]
+    tables += [comparison(methods, a, b) for a, b in COMPARED if a in methods and b in methods]
+    print("\n\n".join([*tables, by_seed(methods, names), ppo_table(one["curves"])]))
 
 
 if __name__ == "__main__":
