@@ -1,21 +1,16 @@
 """gpu.py: does a GPU compute what the CPU does? Any run on a GPU relies on this.
 
-    python experiments/gpu.py                         # all parts
-    python experiments/gpu.py exact                   # one
+    python experiments/gpu.py
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 
-    exact   sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens
-            of the same episodes the same log-probability: the largest difference in nats, and the
-            share of ratios outside 1 +- 0.2
-    ddp     one PPO step in a process group of one (NCCL) changes the weights as one without
-
-A part that fails is reported, and the others go on. How fast a GPU is: gpu_speed.py. Does it learn?
-python train.py --device cuda, with --dtype float32 and without.
+Sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens of the same
+episodes the same log-probability: the largest difference in nats, and the share of ratios outside
+1 +- 0.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
+--dtype float32 and without.
 """
 import argparse
 import math
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -24,11 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-import ppo
-import train
-from envs import Stream
 from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, turn_cap
 from model import GPT, GPTConfig
 
@@ -84,7 +75,7 @@ def random_agent(size, device):
 # The parts: each returns what it found, {what: finding}
 
 
-def exact(args, folder):
+def exact(args):
     found = {}
     for size in ["0.5M"] if args.quick else ["0.5M", "25M"]:
         for policy in "mem1", "full":
@@ -116,28 +107,6 @@ def learner_logp(model, trajs):
     return torch.cat([predict(model, rows.to(device))[0].double().cpu() for rows in batch])[order]
 
 
-def ddp(args, folder):
-    torch.set_float32_matmul_precision("highest")
-    cfg = train.Config(device=args.device, ppo_batch=8)
-    after = []
-    for grouped in False, True:
-        model = learner = random_agent("0.5M", args.device)
-        if grouped:
-            backend = "nccl" if args.device == "cuda" else "gloo"
-            dist.init_process_group(backend, f"file://{folder}/meet", rank=0, world_size=1)
-            learner = torch.nn.parallel.DistributedDataParallel(model)
-        tasks = [train.training_task(cfg, "mem1", Stream.PPO, 0, i) for i in range(8)]
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # Adam would enlarge tiny differences
-        reference = random_agent("0.5M", args.device)
-        ppo.update(learner, sgd, reference, tasks, POLICIES["mem1"], cfg, 0)
-        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    dist.destroy_process_group()
-    return {"largest difference of a weight": f"{(after[0] - after[1]).abs().max():.1e}"}
-
-
-PARTS = dict(exact=exact, ddp=ddp)
-
-
 def main(parts):
     """Run the chosen parts, then print all that they found."""
     parser = argparse.ArgumentParser()
@@ -155,15 +124,14 @@ def main(parts):
     failed = False
     for name in args.parts or parts:
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                found = parts[name](args, Path(folder))
-            except Exception:  # whatever it was, the other parts are worth having
-                found, failed = {"FAILED": traceback.format_exc()}, True
+        try:
+            found = parts[name](args)
+        except Exception:  # whatever it was, the other parts are worth having
+            found, failed = {"FAILED": traceback.format_exc()}, True
         lines = [f"    {key}: {value}" for key, value in found.items()]
         print(f"{name} ({time.perf_counter() - started:.0f} s)", *lines, sep="\n", flush=True)
     sys.exit(failed)
 
 
 if __name__ == "__main__":
-    main(PARTS)
+    main(dict(exact=exact))

@@ -62,7 +62,7 @@ def peaks(args):
             2 * 4 * m / least_seconds(c.clone, args.device))
 
 
-def sizes(args, folder):
+def sizes(args):
     product, copy = peaks(args)
     found = {"peak": f"{product / 1e12:.2f} TFLOP/s in products, {copy / 1e12:.2f} TB/s in a copy"}
     for size in ["0.5M"] if args.quick else SIZES:
@@ -96,7 +96,7 @@ def one_size(model, episodes, args, product):
 
 
 @torch.no_grad()
-def decoding(args, folder):
+def decoding(args):
     _, copy = peaks(args)
     size = "0.5M" if args.quick else "25M"
     model, found = new_model(size, args.device), {}

@@ -10,7 +10,7 @@ out=${1:-runs}
 export out OMP_NUM_THREADS=1
 mkdir -p "$out"
 far="--eval-objectives 1 2 4 8 16 32 64"
-imitate="--agents mem1 full full-list --demos oracle --ppo-steps 0 $far"
+imitate="--demos oracle --ppo-steps 0 $far --agents"
 from_demos="--agents mem1 --start $out/L4-seed-SEED"
 
 runs() {  # lines of name|script|flags
@@ -20,25 +20,26 @@ runs() {  # lines of name|script|flags
         done
     done <<END
 012|L4|train.py|--agents mem1
-0|L4-oracle|train.py|$imitate
-12|L4-full|train.py|--agents full --ppo-steps 0 $far
+0|L4-oracle|train.py|$imitate mem1 full full-list
+12|L4-full|train.py|$imitate full
 0|L4-ppo|train.py|--agents full --start $out/L4-oracle-seed-0
 12|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
-12|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
+12|L4-oracle|train.py|$imitate mem1 full-list
+012|L0-oracle|train.py|$imitate mem1 full full-list --around 0
+012|L20-oracle|train.py|$imitate mem1 full --around 20
 012|stitched|experiments/layouts.py --train stitched|$from_demos
 012|released|experiments/layouts.py --train released|$from_demos
-34|L4|train.py|--agents mem1
-34|L4-full|train.py|--agents full --ppo-steps 0 $far
-34|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
-34|L4-oracle|train.py|--agents mem1 full-list --demos oracle --ppo-steps 0 $far
 012|L20|train.py|--agents mem1 --around 20
-012|L20-oracle|train.py|$imitate --around 20
 012|L0|train.py|--agents mem1 --around 0
-012|L0-oracle|train.py|$imitate --around 0
-012|L8-oracle|train.py|$imitate --around 8
-012|L2-oracle|train.py|$imitate --around 2
 012|count|train.py|--agents mem1 --env count --demos oracle --demos-steps 1600 --long-prompts 0.3 $far
+012|L20-list|train.py|$imitate full-list --around 20
+012|L8-oracle|train.py|$imitate mem1 full full-list --around 8
+012|L2-oracle|train.py|$imitate mem1 full full-list --around 2
 012|shop|train.py|--env shop --around 0 --objectives 1 6
+34|L4|train.py|--agents mem1
+34|L4-full|train.py|$imitate full
+34|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
+34|L4-oracle|train.py|$imitate mem1 full-list
 012|all|experiments/rewards.py --reward all|$from_demos
 0|step|experiments/rewards.py --reward step|$from_demos
 0|format|experiments/rewards.py --reward format|$from_demos
@@ -46,7 +47,8 @@ runs() {  # lines of name|script|flags
 012|full-2x|train.py|--agents full --n-embd 136 --ppo-steps 0
 012|L8|train.py|--agents mem1 --around 8
 012|L2|train.py|--agents mem1 --around 2
-012|L20-ppo|train.py|--agents mem1 full full-list --demos oracle --around 20 --start $out/L20-oracle-seed-SEED
+012|L20-ppo|train.py|--agents mem1 full --demos oracle --around 20 --start $out/L20-oracle-seed-SEED
+012|L20-list-ppo|train.py|--agents full-list --around 20 --start $out/L20-list-seed-SEED
 012|L4-more-ppo|train.py|--agents mem1 full-list --demos oracle --start $out/L4-oracle-seed-SEED
 0|web|train.py|--env web
 END

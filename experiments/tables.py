@@ -121,17 +121,36 @@ def report(methods, names):
     return tables
 
 
-def readme_table(one):
-    """The table in the README: EM at the horizons tested, and the rest at 16."""
-    methods = one["methods"]
+def summary(methods, names, horizons):
+    """Rows of EM at some horizons, and the rest at 16. names: {method: how it is called here}."""
     rows = []
-    for method in [method for method in METHODS if method in methods]:
-        em = [mean(methods, method, n, "em") for n in (2, 8, 16, 32)]
+    for method in [method for method in names if method in methods]:
+        em = [mean(methods, method, n, "em") for n in horizons]
         rest = [mean(methods, method, 16, name).partition(" ±")[0]
                 for name in ("peak", "dependency", "time", "malformed")]
-        rows.append([METHODS[method], len(methods[method]), *em, *rest])
-    return markdown(["", "seeds", *(f"EM of {n}" for n in (2, 8, 16, 32)), "peak at 16",
-                     "dependency", "seconds", "malformed"], rows)
+        rows.append([names[method], len(methods[method]), *em, *rest])
+    return rows
+
+
+def summary_table(horizons, rows):
+    """The rows of summary() as markdown."""
+    return markdown(["", "seeds", *(f"EM of {n}" for n in horizons), "peak at 16", "dependency",
+                     "seconds", "malformed"], rows)
+
+
+def readme_table(one):
+    """The table in the README."""
+    horizons = 2, 8, 16, 32
+    return summary_table(horizons, summary(one["methods"], METHODS, horizons))
+
+
+def exposure_table(found):
+    """All agents at all L."""
+    horizons, rows = (2, 4, 8, 16, 32, 64), []
+    for around, agents in found.items():
+        names = {agent: f"L = {around}, `{agent}`" for agent in agents}
+        rows += summary(agents, names, horizons)
+    return summary_table(horizons, rows)
 
 
 def by_seed(methods, names):
@@ -268,9 +287,7 @@ def main(argv=None):
         print(json.dumps(one))
         return
     if args.exposure:
-        for around, agents in one.items():
-            for title, text in report(agents, agents).items():
-                print(f"\nL = {around}: {title}\n\n{text}")
+        print(exposure_table(one))
         return
     methods = one["methods"]
     names = [name for name in METHODS if name in methods] + sorted(set(methods) - set(METHODS))

@@ -167,6 +167,7 @@ def test_tables_put_runs_side_by_side_and_refuse_what_is_no_run(run, tmp_path, c
     assert set(one["methods"]["mem1"]) == {"0"} and set(one["curves"]["mem1-oracle"]) == {"1"}
     found = printed(tables.main, [run, again, "--exposure"], capsys)["0"]
     assert found["mem1"]["1"] == found["mem1-random"]["0"] != {}
+    assert "| L = 0, `mem1` | 1 |" in tables.exposure_table({"0": found})
 
     (tmp_path / "none.json").write_text("{}")
     (again / "results.json").unlink()
@@ -181,20 +182,19 @@ def test_an_interval_is_of_the_t_distribution():
     assert tables.interval([5.0], ".0f") == "5"
 
 
-def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off(tmp_path):
+def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off():
     args = SimpleNamespace(device="cpu", quick=True)
 
     def largest():
-        found = gpu.exact(args, tmp_path)
+        found = gpu.exact(args)
         assert len(found) == 8
         return [float(found[f"0.5M {name} float64"].split()[3][:-1]) for name in ("mem1", "full")]
 
     assert max(largest()) < 1e-12
     with mock.patch.object(mem1, "sample", lambda logits, uniform: sample(logits * 1.1, uniform)):
         assert min(largest()) > 1e-3
-    assert float(gpu.ddp(args, tmp_path)["largest difference of a weight"]) < 1e-6
     for part in gpu_speed.sizes, gpu_speed.decoding:
-        assert all(part(args, tmp_path).values())
+        assert all(part(args).values())
 
 
 @pytest.mark.skipif(os.environ.get("PROFILE") != "thorough", reason="starts five interpreters")
