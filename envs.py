@@ -88,8 +88,8 @@ def asked(subject, relations):
 
 
 class Env:
-    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act(), expert(), for
-    random notes random_notes(), for pieces of tasks take_piece(), for `memory` answers_shown().
+    """A task of N objectives, turn by turn. A subclass adds prompt, golds, act() and expert(); if
+    they are needed, random_notes(), take_piece() and answers_shown().
 
     prompt  the task as text
     golds   [(index, answer), ...], the right answers

@@ -1,7 +1,7 @@
 """eval.py: how well the agents of a run do, and at what memory cost, at horizons never trained on.
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
-    python eval.py runs/cpu --show 2         # two episodes, turn by turn: what is kept, new, pruned
+    python eval.py runs/cpu --show 2         # two episodes of each agent: what is kept, new, pruned
 
 Greedy decoding; a method called -sampled samples at temperature 1, as PPO does. Test episodes come
 from keys that no training and no validation episode has. A cell has at most 4096 questions, so at
@@ -31,8 +31,8 @@ from envs import Stream, keyed_rng
 from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_past
 from model import GPT, GPTConfig
 
-SEED = 1  # of validation and test episodes, for every run; 0's were seen while settings were chosen
-MOST_PLAYED = 4096  # questions in a cell of the table
+SEED = 1  # of validation and test episodes; those of seed 0 were seen while settings were chosen
+MOST_QUESTIONS = 4096  # questions in a cell of the table
 
 # What is in a checkpoint.
 CHECKPOINT = "config commit stage step models model optimizer seconds log_bytes".split()
@@ -108,7 +108,8 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """What to test of a run: its agents, greedy; before and after PPO also sampled, as PPO does."""
+    """What to test of a run: every agent, greedy; one that had PPO also sampled, before and after.
+    """
     names = []
     for name in models:
         if name != "primer":
@@ -134,7 +135,7 @@ def table(models, cfg, chosen, episodes, log):
         model, policy, sampled = load_method(models, name, cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
-            some = min(episodes, MOST_PLAYED // n)
+            some = min(episodes, MOST_QUESTIONS // n)
             r = measure(model, policy, cfg, n, some, Stream.TEST, sampled)
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
@@ -208,7 +209,8 @@ def main(argv=None):
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
-    parser.add_argument("--show", type=int, metavar="K", help="print K episodes")
+    parser.add_argument("--show", type=int, metavar="K", help="print K episodes of each, "
+                        "on the first of --objectives (default: 4)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", default=devices[0], choices=devices)
     args = parser.parse_args(argv)

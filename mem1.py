@@ -10,20 +10,21 @@ Most agents append every turn to their context. A MEM1 agent rewrites one compac
              kept    kept from the last turn:        written now: in the loss, exactly
              always  only read, not in the loss      once (all but <IS>, which is given)
 
-The one idea: every token is trained in the context in which it was sampled. A Turn holds what the
-agent saw and what it wrote; the learner reads the two as one row under a plain causal mask, and the
-loss is on what was written. Nothing is approximated.
+The rule of this code: every token is trained in the context in which it was sampled. A Turn holds
+what the agent saw and what it wrote; the learner reads the two as one row under a plain causal
+mask, and the loss is on what was written. Nothing is approximated.
 
-An environment (envs.py) has a prompt; step(kind, text), which takes a query or an answer, returns
-text, and ends the episode with no reward on anything else; done; em, how many of its n_objectives
-were answered. A task may be a piece of a longer one: its prompt has n_questions, the agent answers
-n_objectives of them, and history holds the turns played before the agent's first. The demonstrator
-to imitate is the environment's own: expert() and random_notes().
+An environment (envs.py) has a prompt; step(kind, text), which returns text after a query; done; em,
+how many of its n_objectives were answered right. An answer ends the episode; so does, unrewarded,
+anything malformed, or a query in the last turn. A task may be a piece of a longer one: its prompt
+has n_questions, the agent answers n_objectives of them, and history holds the turns that a scripted
+demonstrator has played before. What that would write is also what agents first imitate: expert(),
+with oracle notes (the right ones) or random ones. answers_shown() is for memory_recall().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
-   There, a kept token's keys are computed while it still sees what has since been pruned, so
-   from the third turn on the learner's policy is not the one that acted. Our rows are exact;
+   There, the keys of what is kept still depend on what has since been pruned, so from the third
+   turn on the learner's policy is not the one that acted. Our rows are exact;
 2) there are no closing tags: a segment runs to the next tag, and <end> closes the turn;
 3) the first tag of a turn, <IS>, is given to the agent, not sampled and not trained.
 """
@@ -50,9 +51,9 @@ class Tokenizer:
     Built from our own ranks, so that nothing is downloaded. Text goes in by `encode_ordinary`
     alone, which cannot yield a tag, whatever the text says:
 
-    >>> ids = ENC.encode_ordinary("</info> <answer> #1 x <end>")
+    >>> ids = ENC.encode_ordinary("<info> <answer> #1 x <end>")
     >>> any(token in TAG_IDS for token in ids), ENC.decode(ids)
-    (False, '</info> <answer> #1 x <end>')
+    (False, '<info> <answer> #1 x <end>')
     """
 
     def __init__(self, words):
@@ -105,7 +106,7 @@ def parse(ids):
 
 @dataclass
 class Turn:
-    """One exchange with the environment, as token ids. The learner's row is context + written."""
+    """One exchange with the environment, as token ids. The learner reads context + written."""
     context: list  # what the agent saw: the prompt, what its context policy kept, <IS>
     written: list  # what it wrote then: its state, <query> ... or <answer> ..., <end>
     info: list = field(default_factory=list)  # <info> ..., the reply; empty after the last turn
@@ -155,8 +156,8 @@ class Trajectory:
 
     @property
     def dependency(self):
-        """The tokens in context before each written token, summed (MEM1 app. A.4), prompt not
-        counted: over the turns, the sum of seen + i + 1/2 for i in 0..wrote-1."""
+        """Tokens looked back on, summed over the tokens written, prompt not counted: in each turn
+        (seen + wrote / 2) * wrote, as in the paper's code (app. A.4)."""
         total = 0
         for turn in self.turns:
             seen, wrote = len(turn.context) - len(self.prompt), len(turn.written)
@@ -171,8 +172,8 @@ class Trajectory:
 
 def memory_recall(traj):
     """(due, held), summed over the turns that search: how many answers the agent has asked for and
-    been shown in earlier turns, and how many of them stand in its state. (An agent that keeps older
-    states need not repeat them.)"""
+    been shown in its earlier turns, and how many of them stand in its state. (Low for keep_all,
+    which need not repeat them.)"""
     found = set()  # {(index, answer), ...}
     due, held = 0, 0
     for turn in traj.turns:
@@ -198,8 +199,8 @@ def keep_all(turns):
 
 
 def keep_all_relist(turns):
-    """The same, but to imitate a demonstrator that repeats the whole list in every state, as for
-    keep_last. It tells apart what rewriting the state buys and what pruning the rest buys."""
+    """keep_all, for an agent whose states list all answers, as those of keep_last do: expert() asks
+    which of the two it is. It tells apart what rewriting the state buys and what pruning buys."""
     return keep_all(turns)
 
 
@@ -247,7 +248,8 @@ def expert(env, policy, turns, rng=None):
 
 
 def expert_rollout(env, policy, rng=None, until=None):
-    """An episode of the demonstrator, to imitate. It ends before question `until`, if given."""
+    """An episode of the demonstrator, to imitate. It ends before the turn that takes up the
+    question with index `until`, such as "#65", if given."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
         written = expert(env, policy, traj.turns, rng)
@@ -258,9 +260,9 @@ def expert_rollout(env, policy, rng=None, until=None):
 
 
 def play_history(env, policy, first, rng=None):
-    """Let the demonstrator answer the questions before number `first` (from 0), under this context
-    policy, into env.history. The turn that takes up question `first` is the agent's: it sees what
-    it would see there if it had to answer all. rng: as in expert()."""
+    """The demonstrator plays up to question `first` (from 0), under this context policy; its turns
+    become env.history. The agent goes on from there, and sees what it would see at that point of
+    the whole task. rng: as in expert()."""
     index = envs.read_questions(env.prompt)[first][0]
     env.history = expert_rollout(env, policy, rng, until=index).turns
 
@@ -311,7 +313,7 @@ def rollout_batch(model, trajs, policy, rngs):
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
     cache.keep_prompt()
-    fed = [[*traj.prompt, IS] for traj in trajs]  # all but the last of each are in the cache
+    fed = [[*traj.prompt, IS] for traj in trajs]  # in the cache, but for the last of each
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something is pruned, all but the prompt is
@@ -347,7 +349,7 @@ def rollout_batch(model, trajs, policy, rngs):
 
 
 def feed(model, cache, contexts):
-    """Append a list of ids to each row of the cache; returns the hidden state after each (B, C)."""
+    """Append ids to each row of the cache; returns the hidden states after the last ones (B, C)."""
     device = model.emb.weight.device
     ids = padded(contexts).to(device)  # (B, T)
     n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
@@ -393,7 +395,7 @@ def write(model, cache, hidden, caps, uniform):
         # Finished rows that are still in the batch become padding: their tokens take no slot.
         cache.reserve(1, writing.long())
         hidden = model(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)
-    cache.B = B
+    cache.B = B  # the finished rows take part again
     columns = zip(ids.tolist(), logp.tolist(), value.tolist(), length.tolist())
     return [(i[:n], lp[:n], v[:n]) for i, lp, v, n in columns], order.tolist()
 
@@ -402,8 +404,8 @@ def sample(logits, uniform=None):
     """One token per row, by inverse transform: logits (B, V) -> ids, logp (B,).
 
     uniform (B,) in (0, 1]: one number per token, drawn by the episode's own generator, so that what
-    it samples does not depend on the rows beside it. Temperature 1 and no filtering: the
-    distribution sampled from is the one that is trained. None: greedy.
+    it samples does not depend on the rows beside it; None: greedy. Temperature 1 and no filtering:
+    the distribution sampled from is the one that is trained.
     """
     logps = logits.log_softmax(-1)  # (B, V)
     if uniform is None:

@@ -1,9 +1,9 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-Begin with update(): one iteration, from the rollout to the optimizer steps. Everything about the
-tokens that the agent chose is kept flat, one episode after another, as sampled: the next step is
-the next sampled token, even if that is a turn later, so credit flows through the whole episode,
-across all that was read in between (MEM1 sec. 3.3, app. A.5).
+Begin with update(): one iteration, from the rollout to the optimizer steps. What is known of the
+tokens that the agent chose is kept flat, episode after episode. For GAE, the next token is the next
+one sampled, even if that is a turn later: credit crosses all that was read in between (MEM1 sec.
+3.3, app. A.5).
 
     M trained tokens, m of them in the rows at hand, J turns
     old_logp, old_value, ref_logp, adv, ret: (M,);  logp, value, entropy of the learner: (m,)
@@ -16,8 +16,9 @@ Differs from the paper's released code:
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
    there, they are recomputed under the stitched layout;
 3) the KL to the reference (coefficient 0.01; there 0.001) is not clamped at 0, which would bias it;
-4) the critic is a head on the actor's network whose gradient stops at that head, and its loss is
-   not clipped; there, it is a second network with 10 times the learning rate and a clipped loss;
+4) the critic is a head on the actor's network whose gradient stops at that head (but counts in the
+   norm that is clipped), and its loss is not clipped; there, it is a second network with 10 times
+   the learning rate and a clipped loss;
 5) the reward is the share of right answers, 0..1; there, their number, 0..N;
 6) two epochs over each batch; there, one. No entropy bonus. Sampled at temperature 1 from the whole
    distribution; there, from its top 95%;
@@ -68,8 +69,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             which = [mine.index(e) for e in chosen if e in mine]
             played, reading = make_rows(trajs, cfg.micro_batch, which), []
             if cfg.exercises:  # a little of the primer
-                batch = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
-                reading = make_rows(exercises(cfg, batch), cfg.micro_batch)
+                number = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+                reading = make_rows(exercises(cfg, number), cfg.micro_batch)
             n_played, n_reading = token_count(played, device), token_count(reading, device)
             final = (reading or played)[-1]
             optimizer.zero_grad()
@@ -78,9 +79,9 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                 i = rows.index.to(device)
                 old = old_logp[i]  # (m,)
                 with no_sync(model, unless=rows is final):
-                    logp, value, entropy = predict(model, rows.to(device))  # each (m,): tokens here
+                    logp, value, entropy = predict(model, rows.to(device))  # each (m,)
                     policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
-                    value_term = 0.5 * (value - ret[i]) ** 2  # (m,): ends at the value head
+                    value_term = 0.5 * (value - ret[i]) ** 2  # (m,): no gradient beyond the head
                     backward((policy_term + value_term).sum() / n_played)
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
@@ -136,7 +137,7 @@ def clip_and_step(model, optimizer, grad_clip):
 
 
 def turn_rewards(traj):
-    """What each turn earned (J,): 0 but for the last, which earns the share of right answers."""
+    """What each turn of an episode earned: the last the share of right answers, the others 0."""
     return [0.0] * (len(traj.turns) - 1) + [traj.reward]
 
 
@@ -164,10 +165,10 @@ def minibatches(cfg, step, epoch):
     return [sorted(part.flatten().tolist()) for part in parts]
 
 
-def exercises(cfg, batch):
-    """This process's reading exercises beside a batch of demonstrations, or a minibatch of PPO,
-    which is numbered on from those. Keys continue from the primer, so that none repeats."""
-    key = cfg.primer_steps + batch
+def exercises(cfg, number):
+    """This process's reading exercises beside a batch. Batches of demonstrations are numbered
+    first, then minibatches of PPO; keys continue from the primer, so that none repeats."""
+    key = cfg.primer_steps + number
     return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
 
 

@@ -12,11 +12,12 @@ the first stage:
     primer   copying, editing, looking up, on random words. No environment. Shared by all agents
     demos    imitation: the format, how to search, how to carry on a list. mem1 imitates random
              notes (envs.random_notes), the others oracle notes
-    ppo      reward: that answers are worth noting down
+    ppo      reward: it teaches what is worth noting
 In demos and ppo, most tasks are pieces of longer ones: see training_task().
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
-uninterrupted one bit for bit, and any number of processes plays the same episodes.
+uninterrupted one (one process on a CPU: bit for bit), and any number of processes gets the same
+tasks.
 """
 import argparse
 import dataclasses
@@ -106,9 +107,9 @@ class Config:
     weight_decay: float = 0.01
     micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
     # evaluation
-    eval_every: int = 20  # ppo steps between validations and checkpoints; in other stages 25 times
+    eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
-    eval_episodes: int = 128  # per cell of the final table, but at most eval.MOST_PLAYED questions
+    eval_episodes: int = 128  # per cell of the final table, but at most eval.MOST_QUESTIONS
     valid_episodes: int = 64  # per validation
 
 
@@ -193,7 +194,7 @@ def train_stage(run, kind, agent, name, base):
             sys.exit(128 + stop)
         began = time.perf_counter()
 
-    # 3. Keep a copy of the model.
+    # 3. Keep the model.
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
     state["models"][name] = dict(config=vars(model.config), weights=weights)
     state.update(stage="", step=0, model=None, optimizer=None)
@@ -220,7 +221,7 @@ def imitate(learner, optimizer, batch, cfg):
 
 
 def lr_factor(step, steps, warmup):
-    """Linear warmup over `warmup` steps, constant, then linear to 5% over the last 40%.
+    """Linear warmup over `warmup` steps, constant, then falling over the last 40%, down to 5%.
 
     >>> [lr_factor(step, 10, warmup=2) for step in (0, 5, 8)]
     [0.5, 1.0, 0.5]
@@ -334,7 +335,7 @@ class Run:
     signal_time: float = 0.0
 
     def stop_later(self, number, frame):
-        """On a signal: finish the step and save. On a second one, a second later: end at once."""
+        """On a signal: finish the step and save. On another, over 1 s later: end at once."""
         if not self.signal:
             self.signal, self.signal_time = number, time.perf_counter()
         elif time.perf_counter() > self.signal_time + 1:  # the launcher may forward the same one
@@ -454,9 +455,9 @@ def train(cfg):
     if cfg.resume:
         state = load_checkpoint(cfg.out)
     elif cfg.start:
-        models = load_checkpoint(cfg.start)["models"]
-        state["models"] = {base: models[base] for *_, base in stages(cfg)}
-    done = state["models"]
+        imitated = load_checkpoint(cfg.start)["models"]
+        state["models"] = {base: imitated[base] for *_, base in stages(cfg)}
+    models = state["models"]
     state.update(config=vars(cfg), commit=commit())
     run = Run(cfg, state, time.perf_counter() - state["seconds"])
     if rank() == 0:
@@ -467,21 +468,21 @@ def train(cfg):
 
     on_signal(run.stop_later)
     for kind, agent, name, base in stages(cfg):
-        if name not in done:
+        if name not in models:
             train_stage(run, kind, agent, name, base)
 
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signal:
         sys.exit(128 + run.signal)
-    trained = {name: done[name] for _, _, name, _ in stages(cfg)}
+    trained = {name: models[name] for _, _, name, _ in stages(cfg)}
     results = table(trained, cfg, methods(trained), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, minutes=minutes, commit=state["commit"], torch=torch.__version__)
     if rank() == 0:
         text = json.dumps({**results, "meta": meta}, indent=1)
         write_atomically(Path(cfg.out) / "results.json", text.encode())
-        if {"mem1", "mem1-demos"} <= set(done):
-            show_change(done, cfg)
+        if {"mem1", "mem1-demos"} <= set(models):
+            show_change(models, cfg)
         print(trend(results))
         print(f"{minutes:.0f} min; results in {cfg.out}/results.json; see what the agent does: "
               f"python eval.py {shlex.quote(cfg.out)} --show 2")
@@ -560,7 +561,7 @@ def check(cfg):
                 highest = HIGHEST.get(name, 1e9)
                 require(lowest <= one <= highest,
                         f"{flag(name)} {one}: expected {lowest} to {highest:g}")
-        if name.endswith(("_batch", "_episodes")):
+        if name in "primer_batch demos_batch ppo_batch eval_episodes valid_episodes".split():
             require(value >= cfg.nproc, f"{flag(name)} {value}: expected one per process or more")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
