@@ -241,17 +241,17 @@ def plot_exposure(found, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True)
     for axis, (around, agents) in zip(np.atleast_1d(axes), found.items()):
-        for agent in agents:
-            if agent in ("mem1", "full", "full-list", "mem1-random-ppo"):
-                label = agent.replace("-random-ppo", ", by reward")
-                draw(axis, agents[agent], "em", label, share=True)
+        for color, agent in enumerate(["mem1", "full", "full-list", "mem1-random-ppo"]):
+            label = agent.replace("-random-ppo", ", by reward")
+            draw(axis, agents.get(agent, {}), "em", label, share=True, color=f"C{color}")
         axis.axvline(int(around) + 2, color="grey", linestyle=":")
-        axis.set(title=f"up to {int(around) + 2} answers in training")
-    np.atleast_1d(axes)[0].legend(fontsize=8)
+        axis.set_title(f"L = {around}: up to {int(around) + 2} answers in training", fontsize=10)
+        axis.legend(fontsize=8)
+    np.atleast_1d(axes)[0].set_ylabel("share of the questions answered")
     figure.savefig(path, bbox_inches="tight")
 
 
-def draw(axis, seeds, name, label, share=False):
+def draw(axis, seeds, name, label, share=False, color=None):
     """A line for the mean of the seeds, a band from the lowest to the highest."""
     if not seeds:
         return
@@ -259,8 +259,8 @@ def draw(axis, seeds, name, label, share=False):
     y = np.array([[cells[str(n)][name] for n in x] for cells in seeds.values()])  # (seeds, x)
     if share:
         y = y / x
-    axis.plot(x, y.mean(0), marker="o", markersize=3, label=label)
-    axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
+    (line,) = axis.plot(x, y.mean(0), marker="o", markersize=3, label=label, color=color)
+    axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=line.get_color())
     axis.set(xscale="log", xlabel="questions in the task")
     axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
 
