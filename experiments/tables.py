@@ -30,7 +30,6 @@ METHODS = {
     "mem1-demos-oracle": "mem1, oracle notes",
     "full-demos": "full context, oracle notes",
     "full": "full context, after PPO",
-    "full-sampled": "full context, after PPO, sampled",
     "full-list-demos": "full context that lists all, oracle notes"}
 EXPOSURE = {  # agents of exposure.json
     "mem1": "mem1-demos-oracle", "full": "full-demos", "full-list": "full-list-demos",
