@@ -18,8 +18,8 @@ An environment (envs.py) has a prompt; step(kind, text), which returns text afte
 how many of its n_objectives were answered right. An answer ends the episode; so does, unrewarded,
 anything malformed, or a query in the last turn. A task may be a piece of a longer one: its prompt
 has n_questions, the agent answers n_objectives of them, and history holds the turns that a scripted
-demonstrator has played before. What that would write is also what agents first imitate: expert(),
-with oracle notes (the right ones) or random ones. answers_shown() is for memory_recall().
+demonstrator has played before. Agents first imitate the demonstrator: expert() says what it would
+write, with oracle notes (the right answers) or random ones. answers_shown() is for memory_recall().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
