@@ -48,7 +48,7 @@ from mem1 import (ANSWER, END, ENC, INFO, IS, POLICIES, QUERY, TAG_IDS, Trajecto
 from model import GPT, Cache, GPTConfig
 
 THOROUGH = os.environ.get("PROFILE") == "thorough"
-EXAMPLES = 300 if THOROUGH else 30
+EXAMPLES = 300 if THOROUGH else 20
 settings.register_profile("mem1", deadline=None, derandomize=True, database=None, print_blob=True,
                           report_multiple_bugs=False, max_examples=EXAMPLES)
 settings.load_profile("mem1")
@@ -636,7 +636,8 @@ def finished(tmp_path_factory):
 
 
 def test_the_debug_preset_finds_memory_by_reward(tmp_path):
-    assert run(*"--preset debug --agents mem1 --out".split(), tmp_path) == (0, [])
+    few = "--valid-episodes 1 --eval-episodes 1 --eval-objectives 1 --out"
+    assert run(*"--preset debug --agents mem1".split(), *few.split(), tmp_path) == (0, [])
     for name, before, after in ("memory", 0.5, 0.9), ("em", 1.4, 1.7):
         values = [row[name] for row in logged(tmp_path) if row["stage"] == "ppo"]
         assert np.mean(values[:3]) < before and np.mean(values[-3:]) > after
@@ -673,7 +674,7 @@ def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp
 
 @parametrize("how, calls", [
     (signal.SIGINT, 9), (signal.SIGTERM, 23), (OSError, 2), (OSError, 18),
-    *((GeneratorExit, calls) for calls in range(1, 36, 1 if THOROUGH else 11))])  # as by SIGKILL
+    *((GeneratorExit, calls) for calls in range(1, 36, 1 if THOROUGH else 17))])  # as by SIGKILL
 def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp_path, how, calls):
     left = itertools.count()
 
