@@ -292,7 +292,7 @@ def score(text, golds):
     """EM of an answer, summed over the objectives (MEM1 app. A.4), 0..N.
 
     The answer is a list of `#index words`. Anything before the first index is ignored; of an index
-    that occurs twice, the first entry counts. F1 is left out: for one-word answers it is hardly more.
+    that occurs twice, the first entry counts. F1 is left out: for one-word answers, about the same.
 
     >>> score("#7 dabo #8 kilu mose", [("#7", "dabo"), ("#8", "kilu"), ("#9", "tifa")])
     1
