@@ -108,8 +108,7 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """What to test of a run: every agent, greedy; one that had PPO also sampled, before and after.
-    """
+    """What to test: every agent, greedy; one that had PPO also sampled, before and after it."""
     names = []
     for name in models:
         if name != "primer":
@@ -209,8 +208,7 @@ def main(argv=None):
     parser.add_argument("--objectives", type=int, nargs="+", help="horizons; default: the run's")
     parser.add_argument("--episodes", type=int, help="episodes per cell; default: the run's")
     parser.add_argument("--env", help="play in this world, trained for or not; default: the run's")
-    parser.add_argument("--show", type=int, metavar="K", help="print K episodes of each, "
-                        "on the first of --objectives (default: 4)")
+    parser.add_argument("--show", type=int, metavar="K", help="print K episodes of each agent")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", default=devices[0], choices=devices)
     args = parser.parse_args(argv)

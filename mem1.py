@@ -172,8 +172,7 @@ class Trajectory:
 
 def memory_recall(traj):
     """(due, held), summed over the turns that search: how many answers the agent has asked for and
-    been shown in its earlier turns, and how many of them stand in its state. (Low for keep_all,
-    which need not repeat them.)"""
+    been shown in its earlier turns, and how many of them its state holds (few, for keep_all)."""
     found = set()  # {(index, answer), ...}
     due, held = 0, 0
     for turn in traj.turns:

@@ -1,9 +1,8 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
-Begin with update(): one iteration, from the rollout to the optimizer steps. What is known of the
-tokens that the agent chose is kept flat, episode after episode. For GAE, the next token is the next
-one sampled, even if that is a turn later: credit crosses all that was read in between (MEM1 sec.
-3.3, app. A.5).
+Begin with update(): one iteration, from the rollout to the optimizer steps. The tokens that the
+agent chose stand in flat tensors, episode after episode. For GAE the next token is the next one
+sampled, maybe a turn later: credit crosses what was read in between (MEM1 sec. 3.3, app. A.5).
 
     M trained tokens, m of them in the rows at hand, J turns
     old_logp, old_value, ref_logp, adv, ret: (M,);  logp, value, entropy of the learner: (m,)

@@ -15,9 +15,8 @@ the first stage:
     ppo      reward: it teaches what is worth noting
 In demos and ppo, most tasks are pieces of longer ones: see training_task().
 
-Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats an
-uninterrupted one (one process on a CPU: bit for bit), and any number of processes gets the same
-tasks.
+Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats the
+uninterrupted one (on one CPU core bit for bit), and any number of processes gets the same tasks.
 """
 import argparse
 import dataclasses
@@ -129,6 +128,7 @@ PRESETS = {
 CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
                device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
+LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, ppo_steps=0, primer_longest=2,
@@ -326,7 +326,7 @@ def demonstration(cfg, agent, step, i):
 # --- The run: its directory, its checkpoint, its log
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)  # signal.getsignal() would format all weights
 class Run:
     cfg: Config
     state: dict  # what a checkpoint holds
@@ -595,7 +595,7 @@ def launch(cfg, argv):
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         codes = sorted({failure.exitcode for failure in error.failures.values()})
-        if codes[0] > 0:
+        if 0 < codes[0] < LOST:
             sys.exit(codes[0])  # it has said why, and the launcher ended the others
         sys.exit(f"train.py: a process died (exit codes {codes}); {resume_hint(cfg)}")
 
@@ -621,6 +621,10 @@ def main(argv):
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others
         sys.exit(1)
+    except RuntimeError as error:  # of gloo, or DistError of NCCL: another process is gone
+        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        os._exit(LOST)  # the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
 

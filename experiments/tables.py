@@ -241,7 +241,8 @@ def plot_exposure(found, path):
     figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True)
     for axis, (around, agents) in zip(np.atleast_1d(axes), found.items()):
         for color, agent in enumerate(["mem1", "full", "full-list", "mem1-random-ppo"]):
-            label = agent.replace("-random-ppo", ", by reward")
+            label = "mem1, oracle notes" if agent == "mem1" else agent
+            label = label.replace("-random-ppo", ", by reward")
             draw(axis, agents.get(agent, {}), "em", label, share=True, color=f"C{color}")
         axis.axvline(int(around) + 2, color="grey", linestyle=":")
         axis.set_title(f"L = {around}: up to {int(around) + 2} answers in training", fontsize=10)
