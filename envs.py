@@ -69,7 +69,7 @@ QUESTION = rf"(#\d+) :+ ({WORD})((?: {WORD})*)(?= (#\d+|\.))"
 
 
 def words(text):
-    """Lower-case words of any text: the paper's EM normalisation, but articles are kept."""
+    """Lower-case words of any text: EM normalisation of the paper's evaluation (articles stay)."""
     return re.findall(rf"#?{WORD}", text.lower())
 
 
@@ -121,8 +121,8 @@ class Env:
     def step(self, kind, text):
         """One turn: `kind` is "query" or "answer", `text` any string. Returns the observation.
 
-        Every observation tells how many turns are left (MEM1 sec. 4.1), and with one left that the
-        answer is due. Any other kind is malformed output: it ends the episode and earns nothing.
+        Every observation says how many turns are left (MEM1 sec. 4.1) and, if one, that the answer
+        is due. Any kind but these two is malformed output: it ends the episode and earns nothing.
 
         >>> ComposedQA(1, max_turns=2).step("query", "nobody")
         ' left=1 answer now nothing found'
@@ -312,7 +312,7 @@ def oracle_notes(prompt, seen="", fresh=False):
 
     `seen` is the context kept from earlier turns, as text. Like the agent, it has no memory of its
     own. Its state first says what was found, then updates a list: the answers so far, what
-    is still open of the question at hand, and the index of the next question (or `.`). So nothing
+    is still open of the current question, and the index of the next question (or `.`). So nothing
     has to be counted, only looked up and copied. With nothing left to ask, or no turn left to ask
     in, the list becomes the answer, and `.` takes its place in the state:
 
@@ -331,10 +331,10 @@ def oracle_notes(prompt, seen="", fresh=False):
     query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
     answers = read_answers(seen)
     questions = read_questions(prompt)
-    # What is still open of the question at hand: the last state says so.
+    # What is still open of the current question: the last state says so.
     index, subject, relations, next_index = (read_questions(seen) or questions[:1])[-1]
 
-    # What did the last search find? If anything, one hop of the question at hand is done.
+    # What did the last search find? If anything, one hop of the current question is done.
     found = []
     if query and relations:
         match = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} ({WORD})", info)
@@ -342,7 +342,7 @@ def oracle_notes(prompt, seen="", fresh=False):
             found = [match[0]]
             subject, relations = match[1], relations[1:]
 
-    # If that was the last hop, list the answer and take up the next question, or answer.
+    # If that was the last hop, list the answer and go on to the next question, or answer.
     new = {}
     last_turn = "left=1 " in info
     if last_turn or not relations:
@@ -473,14 +473,14 @@ def primer(rng, longest, more=()):
     elif skill == "section":  # the sections of some keys
         text = [keys[0], *sections]
         lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
-    else:  # fact, note: what the fact says that begins with two given words ...
+    else:  # fact, note: the value of a fact, given its first two words ...
         subjects = some_of(names, max(2, n // 3))
         relations = some_of(RELATIONS, 3)
         facts = [(f"{s} {r}", one_of(names)) for s in subjects for r in relations]
         facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
         text = [f"{head} {value}," for head, value in facts]
         lookups = [facts[i] for i in rng.permutation(len(facts))[:8]]
-        if skill == "note":  # ... or what any of three facts says
+        if skill == "note":  # ... or, for any index, one of the values of the first three facts
             text = text[:3]
             lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]
 

@@ -1,11 +1,11 @@
-"""eval.py: how well the agents of a run do, and at what memory cost, at horizons never trained on.
+"""eval.py: how well the agents of a run do, at what memory cost, up to horizons never trained on.
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
     python eval.py runs/cpu --show 2         # two episodes of each agent: what is kept, new, pruned
 
-Greedy decoding; a method called -sampled samples at temperature 1, as PPO does. Test episodes come
+Greedy decoding; a method named *-sampled samples at temperature 1, as PPO does. Test episodes come
 from keys that no training and no validation episode has. A cell has at most 4096 questions, so at
-32 objectives 128 episodes.
+32 objectives at most 128 episodes.
 
     em          objectives answered exactly, 0..N
     peak        most tokens in context over the turns, prompt not counted, as in the paper; averaged
@@ -41,7 +41,7 @@ CHECKPOINT = "config commit stage step models model optimizer seconds log_bytes"
 
 
 def load_checkpoint(out):
-    """The state in a run's checkpoint. ValueError in one line if there is none that is whole."""
+    """The state in a run's checkpoint. ValueError in one line if it is missing or damaged."""
     path = Path(out) / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
@@ -64,7 +64,6 @@ def load_run(out):
     """(settings, models) of a run. ValueError in one line."""
     state = load_checkpoint(out)
     cfg = SimpleNamespace(**state["config"])
-    cfg.device = "cpu"
     ENC.add(envs.world(cfg.env).extra_words)
     return cfg, state["models"]
 

@@ -18,8 +18,9 @@ An environment (envs.py) has a prompt; step(kind, text), which returns text afte
 how many of its n_objectives were answered right. An answer ends the episode; so does, unrewarded,
 anything malformed, or a query in the last turn. A task may be a piece of a longer one: its prompt
 has n_questions, the agent answers n_objectives of them, and history holds the turns that a scripted
-demonstrator has played before. Agents first imitate the demonstrator: expert() says what it would
-write, with oracle notes (the right answers) or random ones. answers_shown() is for memory_recall().
+demonstrator has played before. Agents first imitate the demonstrator: expert() gives its next turn
+with oracle notes (the right answers), random_notes() with random ones. answers_shown() is for
+memory_recall().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
@@ -171,17 +172,17 @@ class Trajectory:
 
 
 def memory_recall(traj):
-    """(due, held), summed over the turns that search: how many answers the agent has asked for and
-    been shown in its earlier turns, and how many of them its state holds (few, for keep_all)."""
+    """(shown, held), summed over the turns that search: how many answers the agent asked for and
+    was shown in its earlier turns, and how many of them its state holds (few, for keep_all)."""
     found = set()  # {(index, answer), ...}
-    due, held = 0, 0
+    shown, held = 0, 0
     for turn in traj.turns:
         kind, state, text = parse(turn.written)
         if kind == "query":
-            due += len(found)
+            shown += len(found)
             held += len(found.intersection(re.findall(envs.ENTRY, ENC.decode(state))))
         found |= traj.env.answers_shown(text, ENC.decode(turn.info))
-    return due, held
+    return shown, held
 
 
 # --- Context policies: what the next turn sees of the turns so far. It always sees the prompt.
@@ -198,8 +199,8 @@ def keep_all(turns):
 
 
 def keep_all_relist(turns):
-    """keep_all, for an agent whose states list all answers, as those of keep_last do: expert() asks
-    which of the two it is. It tells apart what rewriting the state buys and what pruning buys."""
+    """keep_all, but the demonstrator lists all answers in every state, as under keep_last (expert()
+    compares `policy` with keep_all). Separates the effect of rewriting from that of pruning."""
     return keep_all(turns)
 
 
@@ -214,7 +215,7 @@ def keep_similar(turns):
     *earlier, last = turns
     query = set(last.written[len(last.state) :])
     overlap = [len(query & {*turn.written, *turn.info}) for turn in earlier]
-    nearest = sorted(range(len(earlier)), key=overlap.__getitem__)[-2:]
+    nearest = sorted(range(len(earlier)), key=lambda t: overlap[t])[-2:]
     return keep_all([earlier[t] for t in sorted(nearest)] + [last])
 
 
@@ -247,8 +248,8 @@ def expert(env, policy, turns, rng=None):
 
 
 def expert_rollout(env, policy, rng=None, until=None):
-    """An episode of the demonstrator, to imitate. It ends before the turn that takes up the
-    question with index `until`, such as "#65", if given."""
+    """An episode of the demonstrator, to imitate. It ends before the turn whose state first lists
+    the question with index `until`, such as "#65", if given."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
         written = expert(env, policy, traj.turns, rng)

@@ -12,7 +12,7 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
    emerge, only be refined;
 2) forget gates (arXiv 2503.02130) instead of positions: a token's age is what the gates
    added since, so the latest state stands out at any length;
-3) squared ReLU (arXiv 2109.08668); embeddings tied with the output and normed on the way in; no
+3) squared ReLU (arXiv 2109.08668); the embeddings (tied, as there) are normed on the way in; no
    biases but those of the gates and the value head.
 """
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ class Block(nn.Module):
         # A query is made of the last three words, a key of the three before its own, so in "a b c
         # ... a b" the last b finds c. Earlier words count less, except in the last head.
         fade = torch.linspace(0.5, 1, self.n_head).repeat_interleave(C // self.n_head)  # (C,)
-        three = torch.stack([fade**2, fade, fade**0])  # (3, C)
+        three = torch.stack([fade**2, fade, torch.ones_like(fade)])  # (3, C)
         taps = F.pad(three, (0, 0, 1, 0)), F.pad(three, (0, 0, 0, 1))  # of q and k (WIDTH, C)
         self.taps = nn.Parameter(torch.cat(taps, dim=1))  # (WIDTH, 2C)
         # At first a token adds 1/55 (first head) to 1/22000 (last) to the age of all before it.

@@ -1,7 +1,7 @@
 """ppo.py: proximal policy optimisation on exactly the tokens that the agent chose.
 
 Begin with update(): one iteration, from the rollout to the optimizer steps. The tokens that the
-agent chose stand in flat tensors, episode after episode. For GAE the next token is the next one
+agent chose are in flat tensors, episode after episode. In GAE the next step is the next token
 sampled, maybe a turn later: credit crosses what was read in between (MEM1 sec. 3.3, app. A.5).
 
     M trained tokens, m of them in the rows at hand, J turns
@@ -11,7 +11,7 @@ Losses are sums over trained tokens, divided by their count over all processes a
 the optimizer step, so the gradient does not depend on how the batch is split.
 
 Differs from the paper's released code:
-1) GAE and whitening skip what was only read; there, retrieved text is counted in;
+1) GAE, whitening and the critic's loss skip what was only read; there, they include retrieved text;
 2) old log-probabilities are the sampler's own, and `gap` logs how far the learner is from them;
    there, they are recomputed under the stitched layout;
 3) the KL to the reference (coefficient 0.01; there 0.001) is not clamped at 0, which would bias it;
@@ -19,8 +19,8 @@ Differs from the paper's released code:
    norm that is clipped), and its loss is not clipped; there, it is a second network with 10 times
    the learning rate and a clipped loss;
 5) the reward is the share of right answers, 0..1; there, their number, 0..N;
-6) two epochs over each batch; there, one. No entropy bonus. Sampled at temperature 1 from the whole
-   distribution; there, from its top 95%;
+6) two epochs over each batch; there, one. No entropy bonus; there, 0.001. Sampled at temperature 1
+   from the whole distribution; there, from its top 95%;
 7) every minibatch has a few reading exercises beside it, since our model is not pretrained.
 """
 import contextlib
@@ -86,9 +86,9 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
                     gap = torch.cat([(logp - old).abs(), gap[None]]).max()
                 kl = approx_kl(logp, old)
-                clip = ((logp - old).exp() - 1).abs().gt(cfg.clip).to(kl)
+                clipped = (((logp - old).exp() - 1).abs() > cfg.clip).to(kl)
                 to_ref = old - ref_logp[i]
-                sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clip]).sum(1)
+                sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clipped]).sum(1)
 
             for rows in reading:
                 with no_sync(model, unless=rows is final):
@@ -154,8 +154,8 @@ def segment_ends(lengths, device):
 def minibatches(cfg, step, epoch):
     """The episodes of each minibatch, numbered over all processes, reshuffled every epoch.
 
-    Process r plays the episodes e with e % world_size == r. They are shuffled within eight lanes,
-    so that 2, 4 or 8 processes have equally many of each minibatch.
+    Process r plays the episodes e with e % world_size == r. They are shuffled within lanes of equal
+    e % 8 (if these divide evenly), so that 2, 4 or 8 processes have equally many of each minibatch.
     """
     order = keyed_rng(cfg.seed, Stream.PPO, step, epoch, 3).permutation(cfg.ppo_batch)
     lanes = 8 if cfg.ppo_batch % (8 * cfg.ppo_minibatches) == 0 else 1
@@ -175,14 +175,14 @@ def mean_over_episodes(trajs):
     """What to log of the episodes of all processes: {name: mean}."""
     rows = []
     for traj in trajs:
-        due, held = memory_recall(traj)
+        shown, held = memory_recall(traj)
         rows.append(dict(
             reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
-            turns=len(traj.turns), due=due, held=held,
+            turns=len(traj.turns), shown=shown, held=held,
             unpruned=len(visible_past(traj.env, keep_all, traj.turns))))  # in a full context
     row = mean_of(rows)
-    due, held = row.pop("due"), row.pop("held")
-    return dict(row, memory=held / due if due else 0.0)
+    shown, held = row.pop("shown"), row.pop("held")
+    return dict(row, memory=held / shown if shown else 0.0)
 
 
 # --- The maths, as pure functions
@@ -198,8 +198,8 @@ def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
     reward it gives an unbiased gradient of the KL. reward (J,) has one entry per turn; turn_ends
     (M,) is True at the last token of each turn.
 
-    >>> ends, half = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
-    >>> token_rewards(torch.tensor([1.0]), ends, half, torch.tensor([-1.0, -0.5]), kl_coef=0.1)
+    >>> ends, old = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
+    >>> token_rewards(torch.tensor([1.0]), ends, old, torch.tensor([-1.0, -0.5]), kl_coef=0.1)
     tensor([-0.0500,  1.0000])
     """
     rewards = -kl_coef * (old_logp - ref_logp)  # (M,)
@@ -217,10 +217,10 @@ def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
     budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is what is still to be
     earned, less V_t.
 
-    >>> half, ends = torch.full((3,), 0.5), torch.tensor([False, False, True])
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, ends)[0].tolist()
+    >>> value, ends = torch.full((3,), 0.5), torch.tensor([False, False, True])
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), value, ends)[0].tolist()
     [0.5, 0.5, 0.5]
-    >>> gae(torch.tensor([0.0, 0.0, 1.0]), half, ends, lam=0.0)[0].tolist()
+    >>> gae(torch.tensor([0.0, 0.0, 1.0]), value, ends, lam=0.0)[0].tolist()
     [0.0, 0.0, 0.5]
     """
     r, v, end = rewards.tolist(), value.tolist(), episode_ends.tolist()
@@ -243,7 +243,7 @@ def whiten(x):
 
 
 def centered(x):
-    """x (..., M) minus its mean over the tokens of all processes, and how many tokens they are."""
+    """x (..., M) minus its mean over the tokens of all processes, and the number of tokens."""
     n = all_reduce(torch.tensor(float(x.size(-1)), device=x.device))
     return x - all_reduce(x.sum(-1, keepdim=True)) / n, n
 

@@ -669,6 +669,7 @@ def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp
 
     monkeypatch.setattr(train, "log", log)
     assert run(*TINY, tmp_path, "--workers", 2) == (0, [])
+    assert run("--resume", "--out", tmp_path, "--workers", 0) == (0, [])  # as on a smaller machine
     assert outcome(tmp_path) == outcome(finished)
 
 

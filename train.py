@@ -16,7 +16,7 @@ the first stage:
 In demos and ppo, most tasks are pieces of longer ones: see training_task().
 
 Every random choice is keyed by (seed, stage, step, episode). So a resumed run repeats the
-uninterrupted one (on one CPU core bit for bit), and any number of processes gets the same tasks.
+uninterrupted one (in one CPU process bit for bit), and any number of processes gets the same tasks.
 """
 import argparse
 import dataclasses
@@ -73,7 +73,7 @@ class Config:
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
     around: int = 4  # most questions before the agent's own, and usually after; 0: whole tasks
-    most_questions: int = 64  # in a training prompt, and what the largest turn budget is for
+    most_questions: int = 64  # in a training prompt; also sets the largest turn budget
     long_prompts: float = 0.1  # share of training tasks with any number of questions in the prompt
     # model
     n_layer: int = 4
@@ -108,7 +108,7 @@ class Config:
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
-    eval_episodes: int = 128  # per cell of the final table, but at most eval.MOST_QUESTIONS
+    eval_episodes: int = 128  # per cell of the final table; eval.MOST_QUESTIONS may lower it
     valid_episodes: int = 64  # per validation
 
 
@@ -129,7 +129,7 @@ CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"]
                device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
 LOST = 3  # exit code of a process that lost another one
-MAY_CHANGE = "out resume device nproc".split()  # on --resume
+MAY_CHANGE = "out resume device nproc workers".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, ppo_steps=0, primer_longest=2,
               grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
@@ -296,12 +296,12 @@ def training_task(cfg, agent, stream, step, i):
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
     done = sum(needed[:before])
-    which = rng.random()
+    draw = rng.random()
     if after:
         env.max_turns = done + sum(needed[before : before + n]) + 1
-    elif which < 0.3 and stream == Stream.DEMOS:
+    elif draw < 0.3 and stream == Stream.DEMOS:
         env.max_turns = done + int(rng.integers(2, max(3, env.max_turns - done)))
-    elif which < 0.6:
+    elif draw < 0.6:
         largest = max(env.max_turns, cfg.hops[1] * cfg.most_questions + 2)
         env.max_turns = int(rng.integers(env.max_turns, largest + 1))
 
@@ -565,8 +565,7 @@ def check(cfg):
             require(value >= cfg.nproc, f"{flag(name)} {value}: expected one per process or more")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
-        fits = len(value) == 2 and value[0] <= value[1]
-        require(fits, f"--{name} {value}: expected e.g. 1 2")
+        require(len(value) == 2 and value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2")
     require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
             f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
     require(cfg.ppo_steps or not cfg.start, "--start: PPO only, so not with --ppo-steps 0")
@@ -576,8 +575,8 @@ def check(cfg):
         require(getattr(cfg, name) == value, f"--env {cfg.env}: add {flag(name)} {value}")
     require(max(*cfg.objectives, *cfg.eval_objectives) <= longest,
             f"--objectives, --eval-objectives: expected 1 to {longest}")
-    room = min(longest, cfg.most_questions) - cfg.objectives[1]
-    require(2 * cfg.around <= max(0, room),
+    room = max(0, min(longest, cfg.most_questions) - cfg.objectives[1])
+    require(2 * cfg.around <= room,
             f"--around {cfg.around}: expected 0 to {room // 2}; see --most-questions")
 
 
