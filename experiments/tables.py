@@ -42,6 +42,7 @@ COMPARED = [
     ("mem1-demos-oracle", "full-demos"),
     ("mem1-demos-oracle", "full-list-demos"),  # pruning
     ("full-list-demos", "full-demos")]  # consolidating
+DRAWN = [method for method in METHODS if not method.endswith("-sampled")]
 CURVES = "reward", "memory", "ev", "gap"  # what is kept of the log of PPO
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # of n seeds, two-sided
 
@@ -221,46 +222,48 @@ def plot(one, path):
     figure, axes = plt.subplots(1, 3, figsize=(18, 4))
     for curve in one["curves"].get("mem1", {}).values():
         reward, memory, *_ = zip(*curve)
-        axes[2].plot(reward, color="C0")
-        axes[2].plot(memory, color="C1")
+        axes[2].plot(reward, color="silver")
+        axes[2].plot(memory, color="black")
     axes[2].legend(["reward", "share of the answers found that the state holds"], fontsize=8)
     axes[2].set(xlabel="PPO iterations on two questions", title="memory, found by reward")
-    for axis, name, title in zip(axes, ("em", "peak"), ("questions answered", "peak tokens")):
-        for method, label in METHODS.items():
-            if not method.endswith("-sampled"):
-                draw(axis, one["methods"].get(method, {}), name, label)
-        axis.set(title=title)
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=8)
+    for method in DRAWN:
+        for axis, name in zip(axes, ("em", "peak")):
+            draw(axis, one["methods"].get(method, {}), name, method)
+    axes[0].set_title("share of the questions answered")
+    axes[1].set(title="peak tokens, without the prompt", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="upper center",
+                  bbox_to_anchor=(0.37, 0))
     figure.savefig(path, bbox_inches="tight")
 
 
 def plot_exposure(found, path):
     """Share of the questions answered over the horizon, a panel for each L."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True)
-    for axis, (around, agents) in zip(np.atleast_1d(axes), found.items()):
-        for color, agent in enumerate(["mem1", "full", "full-list", "mem1-random-ppo"]):
-            label = "mem1, oracle notes" if agent == "mem1" else agent
-            label = label.replace("-random-ppo", ", by reward")
-            draw(axis, agents.get(agent, {}), "em", label, share=True, color=f"C{color}")
-        axis.axvline(int(around) + 2, color="grey", linestyle=":")
-        axis.set_title(f"L = {around}: up to {int(around) + 2} answers in training", fontsize=10)
-        axis.legend(fontsize=8)
-    np.atleast_1d(axes)[0].set_ylabel("share of the questions answered")
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True,
+                                squeeze=False)
+    for axis, (around, agents) in zip(axes[0], found.items()):
+        for agent in "mem1", "full", "full-list", "mem1-random-ppo":
+            draw(axis, agents.get(agent, {}), "em", EXPOSURE[agent])
+        axis.axvline(int(around) + 2, color="grey", linestyle=":", label="most answers in training")
+        axis.set_title(f"L = {around}")
+    axes[0, 0].set_ylabel("share of the questions answered")
+    labels = [axis.get_legend_handles_labels() for axis in axes[0]]
+    figure.legend(*max(labels, key=lambda pair: len(pair[1])), ncols=3, loc="upper center",
+                  bbox_to_anchor=(0.5, -0.03))
     figure.savefig(path, bbox_inches="tight")
 
 
-def draw(axis, seeds, name, label, share=False, color=None):
-    """A line for the mean of the seeds, a band from the lowest to the highest."""
+def draw(axis, seeds, name, method):
+    """A line for the mean of the seeds, a band from the lowest to the highest. EM as a share."""
     if not seeds:
         return
     x = sorted(set.intersection(*({int(n) for n in cells} for cells in seeds.values())))
     y = np.array([[cells[str(n)][name] for n in x] for cells in seeds.values()])  # (seeds, x)
-    if share:
+    if name == "em":
         y = y / x
-    (line,) = axis.plot(x, y.mean(0), marker="o", markersize=3, label=label, color=color)
-    axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=line.get_color())
+    color = f"C{DRAWN.index(method)}"
+    axis.plot(x, y.mean(0), marker="o", markersize=3, label=METHODS[method], color=color)
+    axis.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=color)
     axis.set(xscale="log", xlabel="questions in the task")
     axis.set_xticks([1, 2, 4, 8, 16, 32, 64], "1 2 4 8 16 32 64".split())
 
