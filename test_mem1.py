@@ -85,10 +85,10 @@ def worlds(turns=(4, 1, 5, 2, 3), seed=0):
     return [AnyWorld(n, [seed, i], 1 + i % 4, i % 3) for i, n in enumerate(turns)]
 
 
-def talkative(seed=0, ends=8.0, n_layer=2, n_head=2):
+def talkative(seed=0, ends=6.0):
     """A GPT of random weights, far from their initial structure, that likes to end its turns."""
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(ENC.n_vocab, n_layer, n_head, 32)).double()
+    gpt = GPT(GPTConfig(ENC.n_vocab, 2, 2, 32)).double()
     for p in gpt.parameters():
         p.data += 0.2 * torch.randn_like(p)
     bias = zeros(ENC.n_vocab)
@@ -100,7 +100,7 @@ def talkative(seed=0, ends=8.0, n_layer=2, n_head=2):
 def play(gpt, policy, turns, seed=0, which=slice(None)):
     """An episode in each of the worlds, side by side."""
     some = worlds(turns, seed)[which]
-    return rollout(gpt, some, policy, [world.rng for world in some])
+    return rollout(gpt, some, policy, [world.rng for world in some], batch=3)
 
 
 def acted(trajs):
@@ -219,7 +219,7 @@ def test_only_the_tokens_of_its_context_have_any_influence_on_a_token():
         assert torch.equal(grad.norm(dim=-1) > 0, context)  # not pruned, later or padding tokens
 
 
-@given(policies, lists(integers(2, 4), min_size=2, max_size=3), seeds, sampled_from([8.0, -99.0]))
+@given(policies, lists(integers(2, 4), min_size=2, max_size=3), seeds, sampled_from([6.0, -99.0]))
 @example(keep_last, [2, 4, 3], 1, -99.0)
 def test_an_episode_is_the_same_whatever_runs_beside_it(policy, turns, seed, ends):
     gpt = talkative(ends=ends)
@@ -275,7 +275,7 @@ def test_memory_is_the_share_of_the_answers_found_that_the_state_holds():
     assert ppo.mean_over_episodes([traj])["memory"] == approx(4 / 6)
 
 
-def test_no_tensor_is_made_on_another_device(monkeypatch):
+def test_model_cache_and_sampling_make_no_tensor_on_another_device(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     with torch.device("meta"):
         gpt, one, uniform = GPT(GPTConfig(9)), ones(3, dtype=torch.long), rand(3)
@@ -335,11 +335,12 @@ def test_the_parser_takes_anything_loses_nothing_and_agrees_with_a_regex(ids):
 
 @given(texts, texts, sampled_from(["query", "answer", "malformed", ""]), integers(1, 5))
 @example(" jelo heir" * 10**5, " #1 jelo" * 10**5, "answer", 2)
+@example("", envs.entries(dict(ComposedQA(2, seed=2).golds)), "malformed", 2)
 def test_the_environment_survives_any_action(first, second, kind, n):
     env = ComposedQA(n, seed=n)
     env.step("query", first)
     assert len(env.step(kind, second)) < 500
-    assert env.done == (kind != "query") and 0 <= env.em <= n
+    assert env.done == (kind != "query") and 0 <= env.em <= (n if kind == "answer" else 0)
     while not env.done:
         env.step("query", first)
     assert kind != "query" or env.turn == env.max_turns
@@ -357,7 +358,7 @@ def test_the_demonstrator_answers_all_questions_under_every_policy(name):
     for n in 2, 5, 16, 40:
         assert answered(n, 3) == [n] * 3
     assert np.mean(answered(16, 20, max_turns=10)) < 12
-    # Of random notes one in six is right, as of any name in view; the last answer always is.
+    # A random note is one of six names in view: one in six is right. The last answer always is.
     assert np.mean(answered(16, 60, rng=default_rng(0))) == approx(1 + 15 / 6, abs=0.5)
 
 
@@ -397,7 +398,7 @@ def test_what_an_exercise_looks_up_stands_in_its_text():
 def test_no_two_streams_share_an_episode(monkeypatch):
     monkeypatch.setattr(evaluation, "rollout", lambda gpt, environments, *rest: environments)
     cfg, played = train.Config(seed=evaluation.SEED, objectives=(2, 2), around=0), []
-    for stream in Stream.DEMOS, Stream.PPO:  # step 2: where play() has its two objectives
+    for stream in Stream.DEMOS, Stream.PPO:  # step 2, since play() puts its 2 objectives there
         played += [train.training_task(cfg, "mem1", stream, 2, i) for i in range(99)]
     for stream in Stream.VALID, Stream.TEST:
         played += evaluation.play(0, 0, cfg, 2, range(99), stream)
@@ -437,8 +438,8 @@ def test_training_asks_for_two_answers_after_a_history_of_the_agents_own_kind(ag
             listed.append(len(entries))
             right += [entry in golds for entry in entries]
         expert_rollout(env, POLICIES[agent])
-        assert len(env.golds) == env.n_objectives <= 2
-        assert [*env.paths] == [index for index, _ in env.golds]
+        assert [*env.paths] == [index for index, _ in env.golds] and len(env.golds) <= 2
+        assert env.turn == env.max_turns or env.golds[-1] == golds[-1]  # just enough turns
         assert stream == Stream.DEMOS or env.em == env.n_objectives
         ends.append(env.golds[-1] == golds[-1])
         tasks.append(env)
@@ -447,7 +448,7 @@ def test_training_asks_for_two_answers_after_a_history_of_the_agents_own_kind(ag
     assert 100 < max(env.max_turns for env in tasks) <= 2 * cfg.most_questions + 2
     if cfg.around:
         assert len(listed) > 100 and longest > 40 and 0.5 < np.mean(ends) < 0.8
-        assert (max(listed) == 1) == (agent == "full")  # only its states repeat no list
+        assert (max(listed) == 1) == (agent == "full")  # only it lists nothing but the new answer
         is_random = agent == "mem1" and cfg.demos == "random"
         assert np.mean(right) < 0.3 if is_random else all(right)
     else:
@@ -505,9 +506,9 @@ def test_imitation_equals_an_independent_computation():
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-7
 
 
-def slow_update(gpt, reference, cfg):
+def slow_update(gpt, reference, cfg, step):
     """Oracle: ppo.update() by the definitions, nothing packed. Returns what it logs."""
-    rngs = [keyed_rng(cfg.seed, Stream.PPO, 0, i, 2) for i in range(5)]
+    rngs = [keyed_rng(cfg.seed, Stream.PPO, step, i, 2) for i in range(5)]
     trajs = rollout(gpt, worlds(), keep_last, rngs)
     old_logp, old_value, _ = dense(gpt, trajs).detach()
     to_ref = old_logp - dense(reference, trajs)[0].detach()
@@ -520,36 +521,35 @@ def slow_update(gpt, reference, cfg):
     ret = adv + old_value
     white = (adv - adv.mean()) / (adv.var(correction=0) + 1e-8).sqrt()
 
-    looks = []
+    stats = []
     for epoch in range(cfg.ppo_epochs):
-        for k, chosen in enumerate(ppo.minibatches(cfg, 0, epoch)):
+        for chosen in ppo.minibatches(cfg, step, epoch):
             logp, value, entropy = dense(gpt, [trajs[e] for e in chosen])
             i = torch.isin(episode, tensor(chosen))
             ratio = (logp - old_logp[i]).exp()
             gain = torch.minimum(ratio * white[i], ratio.clamp(0.8, 1.2) * white[i])
-            batch = cfg.demos_steps + epoch * cfg.ppo_minibatches + k
+            batch = cfg.demos_steps + step * cfg.ppo_epochs * cfg.ppo_minibatches + len(stats)
             loss = ((value - ret[i]).square() / 2 - gain).mean()
             loss -= cfg.primer_coef * dense(gpt, ppo.exercises(cfg, batch))[0].mean()
             norm = descend(gpt, loss)
-            looks.append(stack([ratio - 1 - ratio.log(), (ratio - 1).abs() > 0.2, entropy]))
-    means = dict(zip(("kl", "clip", "ent"), cat(looks, 1).mean(1).tolist()))
+            stats.append(stack([ratio - 1 - ratio.log(), (ratio - 1).abs() > 0.2, entropy]))
+    means = dict(zip(("kl", "clip", "ent"), cat(stats, 1).mean(1).tolist()))
     return dict(means, ref=to_ref.mean().item(), ev=1 - (adv.var() / ret.var()).item(), norm=norm,
                 tokens=cfg.ppo_epochs * len(adv))
 
 
-@parametrize("epochs, cap", [(2, 27), (2, 2), (1, 1)])
-def test_one_whole_update_equals_an_independent_computation(epochs, cap):
+@parametrize("epochs, cap, step", [(2, 27, 0), (2, 2, 3), (1, 1, 1)])
+def test_one_whole_update_equals_an_independent_computation(epochs, cap, step):
     cfg = dataclasses.replace(ALL_ON, ppo_epochs=epochs, ppo_minibatches=epochs)
     gpt, twin, reference = [talkative(seed) for seed in (0, 0, 1)]
     with mutated("mem1.turn_cap", "return", f"return {cap} or"):  # episodes of one token
-        row = ppo.update(gpt, sgd(gpt.parameters()), reference, worlds(), keep_last, cfg, 0)
-        want = slow_update(twin, reference, cfg)
+        row = ppo.update(gpt, sgd(gpt.parameters()), reference, worlds(), keep_last, cfg, step)
+        want = slow_update(twin, reference, cfg, step)
     assert {name: row[name] for name in want} == approx(want, abs=1e-9)
     assert max(map(far, gpt.parameters(), twin.parameters())) < 1e-9
-    assert row["gap"] < 1e-10
+    assert 0 < row["gap"] < 1e-10
     for config in cfg, train.Config():  # 5 episodes, 128
-        episodes = sum(ppo.minibatches(config, 0, 1), [])
-        assert sorted(episodes) == [*range(config.ppo_batch)]
+        assert sorted(sum(ppo.minibatches(config, 0, 1), [])) == [*range(config.ppo_batch)]
     lanes = np.sort(np.array(ppo.minibatches(train.Config(), 0, 1)) % 8)  # (2, 64)
     assert (lanes == np.arange(64) // 8).all()  # each of 8 processes has 8 of each minibatch
     # Before the first update the ratio is one; later it is clipped. The gradient always is.
@@ -656,6 +656,7 @@ def test_a_run_leaves_metrics_and_the_results_of_its_agents_greedy_and_sampled(f
         assert table[name]["1"]["dependency"] == np.mean([traj.dependency for traj in trajs])
         written.append([traj.turns[0].written for traj in trajs])
     assert written[0] != written[1]
+    assert run(finished, "--show", 1, main=evaluation.main) == (0, [])
 
 
 def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp_path, monkeypatch):
@@ -675,12 +676,12 @@ def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp
 
 @parametrize("how, calls", [
     (signal.SIGINT, 9), (signal.SIGTERM, 23), (OSError, 2), (OSError, 18),
-    *((GeneratorExit, calls) for calls in range(1, 36, 1 if THOROUGH else 11))])  # as by SIGKILL
+    *((GeneratorExit, calls) for calls in range(0, 50, 1 if THOROUGH else 16))])  # as by SIGKILL
 def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp_path, how, calls):
-    left = itertools.count()
+    made = itertools.count()
 
     def strike(*args, then):
-        call = next(left)
+        call = next(made)
         if call >= calls and how in (GeneratorExit, OSError):
             raise how("no space left")
         if call == calls:  # a second signal would end the tests
@@ -692,7 +693,7 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
             patch.setattr(owner, name, functools.partial(strike, then=getattr(owner, name)))
         code, lines = run(*TINY, tmp_path)
         assert (code, len(lines)) == ((1, 1) if how is OSError else (128 + how, 0))
-    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "pri')  # the power went as well
+    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "pri')  # a power cut: half a line
     again = ["--resume", "--out"] if list(tmp_path.glob("*.pt")) else TINY
     assert run(*again, tmp_path) == (0, [])
     assert outcome(tmp_path) == outcome(finished)  # bit for bit
@@ -700,7 +701,7 @@ def test_a_run_ended_anywhere_and_resumed_is_the_uninterrupted_one(finished, tmp
 
 def test_ppo_starts_from_an_imitated_agent_and_ends_as_in_the_whole_run(finished, tmp_path):
     assert run(*TINY, tmp_path, "--start", finished) == (0, [])
-    assert weights(tmp_path).items() <= weights(finished).items()
+    assert weights(tmp_path) == {k: v for k, v in weights(finished).items() if k != "primer"}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tmp_path):
@@ -737,9 +738,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 {} --agents nobody: --agents; {} --objectives 99: --objectives; {} --env nowhere: --env"""))
 def test_bad_flags_and_runs_that_they_do_not_fit_get_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
-    given = [] if bad.startswith(("{}", "--resume")) else [*TINY, finished / "none"]
+    base = [] if bad.startswith(("{}", "--resume")) else [*TINY, finished / "none"]
     main = evaluation.main if bad.startswith("{}") else train.main
-    code, (line,) = run(*given, *shlex.split(flags), main=main)
+    code, (line,) = run(*base, *shlex.split(flags), main=main)
     assert code == (1 if words == "/proc/run" else 2) and words in line
 
 
@@ -753,7 +754,7 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):
     train.locked(out).close()  # control: now it is free
 
 
-FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Config)]
+FLAGS = [train.flag(f.name) for f in dataclasses.fields(train.Config)]
 VALUES = ("0 1 2 3 7 -1 1000 100000000000000000000 0.5 1e400 nan x mem1 full qa web shop list "
           "debug gpu cpu cuda auto / /dev/null envs.py #64 é a \udcff").split()
 
@@ -783,7 +784,7 @@ def test_a_killed_worker_ends_all_processes_in_one_line(tmp_path):
     assert launcher.returncode > 0 and said.count("\n") == 1 and "--resume" in said
 
 
-@parametrize("module", [envs, model, mem1, ppo, train, evaluation])
+@parametrize("module", [envs, model, mem1, ppo, train])
 def test_the_examples_in_docstrings_are_right(module):
     assert doctest.testmod(module).failed == 0
 

@@ -9,8 +9,8 @@ from envs import (INDICES, LIST, NAMES, STOP, ComposedQA, SearchIndex, invent, o
 
 
 class World(ComposedQA):
-    """N questions, each answered by a search as ever, and one number due at the end: starting at
-    the number given, one more for each answer that is the name given. Half of the answers are.
+    """N questions, looked up as usual; the answer is one number: the one in the prompt, plus one
+    for each answer that is the name in the prompt (about half of them are).
 
     >>> env = World(1, hops=(1, 1), seed=0)
     >>> env.prompt

@@ -5,7 +5,7 @@
 
 Sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens of the same
 episodes the same log-probability: the largest difference in nats, and the share of ratios outside
-1 +- 0.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
+1/1.2 to 1.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
 --dtype float32 and without.
 """
 import argparse
@@ -28,7 +28,7 @@ GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metr
 
 
 class Metronome:
-    """An environment that takes any text, and answers with 24 tokens: nothing is left to chance."""
+    """An environment that takes any text and replies with 24 tokens: all lengths are fixed."""
     em, done = 0, False
 
     def __init__(self):

@@ -280,7 +280,6 @@ def main(argv=None):
                       f"  {' '.join(f'{nats:.0e}' for nats in by_turn.values())}")
     if args.json:
         print(json.dumps(results))
-    return results
 
 
 if __name__ == "__main__":

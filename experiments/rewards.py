@@ -4,8 +4,8 @@
     python experiments/rewards.py --reward step --out runs/step-0 --resume
 
 It begins with the imitated agent of the --start run, takes all flags of train.py, and runs in one
-process. Resume an interrupted run by this script too: train.py would pay the usual reward. What was
-paid stands in the run's reward.json.
+process. Resume an interrupted run by this script too: train.py would pay the usual reward. The
+run's reward.json says what was paid.
 
 An episode of N objectives earns, at the end of its last turn:
     em       the share of objectives answered exactly: what train.py pays

@@ -6,8 +6,8 @@
     python experiments/tables.py runs/L*-seed-? --exposure --json > assets/exposure.json
     python experiments/tables.py assets/exposure.json --exposure --plot assets/exposure.png
 
-A cell is the mean over the seeds ± half of its 95% interval (t distribution). Needs matplotlib for
---plot.
+A cell is the mean over the seeds ± half the width of its 95% confidence interval (Student's t).
+Needs matplotlib for --plot.
 """
 import json
 import signal
@@ -44,7 +44,7 @@ COMPARED = [
     ("full-list-demos", "full-demos")]  # consolidating
 DRAWN = [method for method in METHODS if not method.endswith("-sampled")]
 CURVES = "reward", "memory", "ev", "gap"  # what is kept of the log of PPO
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # of n seeds, two-sided
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided, of n seeds; beyond, as of 6
 
 
 def collect(paths):
@@ -92,8 +92,7 @@ def full_name(method, cfg, larger):
 
 
 def exposures(paths):
-    """Finished runs by --around: {L: {agent: {seed: {objectives: measures}}}}, agents of EXPOSURE.
-    """
+    """Finished runs by L = --around: {L: {agent of EXPOSURE: {seed: {objectives: measures}}}}."""
     by_around = {}
     for path in paths:
         by_around.setdefault(str(load_run(path)[0].around), []).append(path)
@@ -177,7 +176,7 @@ def ppo_table(curves):
 
 
 def comparison(methods, a, b):
-    """How a differs from b, seed by seed, so on the same tasks: mean and 95% interval."""
+    """How a differs from b, paired by training seed (all play the same test episodes)."""
     seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
     rows = []
     tested = [{int(n) for n in methods[x][seed]} for x in (a, b) for seed in seeds]
@@ -283,7 +282,8 @@ def main(argv=None):
         else:
             one = exposures(args.runs) if args.exposure else collect(args.runs)
         if args.plot:
-            (plot_exposure if args.exposure else plot)(one, args.plot)
+            draw_figure = plot_exposure if args.exposure else plot
+            draw_figure(one, args.plot)
     except (ValueError, OSError, ImportError) as error:  # ImportError: no matplotlib
         parser.error(str(error))
     if args.json:

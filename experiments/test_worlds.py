@@ -1,4 +1,4 @@
-"""test_worlds.py: what must be true of the other worlds, each played by its demonstrator.
+"""test_worlds.py: what must be true of every world, each played by its demonstrator.
 
     python -m pytest -q experiments/test_worlds.py
 """
@@ -18,7 +18,7 @@ import envs
 from experiments import layouts
 from mem1 import turn_cap
 
-NAMES = ["web", "count", "shop", "cue"]
+NAMES = ["qa", "web", "count", "shop", "cue"]
 
 
 def make(name, n, seed):
@@ -79,7 +79,7 @@ def test_the_demonstrator_succeeds_in_both_contexts_and_only_with_memory(name, n
         control = make(name, n, seed)
         play(control, amnesic=True)
         forgotten += env.em - control.em
-    assert forgotten > 0 or n == 1
+    assert forgotten > 5 or n == 1
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
@@ -131,9 +131,9 @@ def test_what_the_random_shopper_remembers_does_not_depend_on_what_is_wanted(is_
     assert [np.mean(kept[True]), np.mean(kept[False])] == expected
 
 
-def test_in_haste_the_demonstrator_buys_the_best_product_so_far():
+def test_in_haste_the_demonstrator_buys_the_product_that_it_remembers():
     for seed in range(10):
         env = make("shop", 8, seed)
         env.max_turns = 8
         best = play(env)[-1].split("; ")[1].split()[0]
-        assert env.cause == "answered" and (best == env.open or best == ":")
+        assert env.cause == "answered" and best == env.open

@@ -15,52 +15,28 @@ from envs import NAMES, RELATIONS, ComposedQA, SearchIndex, words
 
 
 class KnowledgeBase:
-    """Facts [(subject, relation, object), ...] that all episodes share, and questions about them.
+    """Facts {subject: {relation: object}} that all episodes share, and questions about them."""
 
-    What has several objects can be found, but is not asked for.
-    """
-
-    def __init__(self, triples, pages=None):
-        self.index = SearchIndex(pages or [(t[0], " ".join(t)) for t in triples])
-        objects = {}
-        for subject, relation, answer in triples:
-            objects.setdefault((subject, relation), []).append(answer)
-        self.known = {}  # subject -> {relation: object}
-        for subject, relation, answer in triples:
-            if len(objects[subject, relation]) == 1:
-                self.known.setdefault(subject, {})[relation] = answer
-        self.subjects = sorted(self.known)
+    def __init__(self, known, pages):
+        self.known = known
+        self.subjects = sorted(known)
+        self.index = SearchIndex(pages)
 
     def draw(self, n, hops, rng):
-        """n random questions [(subject, relations, path), ...], on different subjects if possible.
-
-        With fewer hops than were drawn, where the facts do not lead on.
-        """
-        order = rng.permutation(len(self.subjects))
+        """n random questions [(subject, relations, path), ...], on different subjects."""
         questions = []
-        for k in range(n):
-            pick = order[k] if k < len(order) else rng.integers(len(self.subjects))
-            start = subject = self.subjects[pick]
-            relations = []
+        for i in rng.permutation(len(self.subjects))[:n]:
+            start = subject = self.subjects[i]
+            relations, path = [], []
             for _ in range(rng.integers(hops[0], hops[1] + 1)):
-                onward = [r for r in self.known.get(subject, {}) if r not in relations]
-                if onward:
-                    relations.append(onward[rng.integers(len(onward))])
-                    subject = self.known[subject][relations[-1]]
-            questions.append(self.follow(start, relations))
+                unused = [r for r in self.known[subject] if r not in relations]
+                relation = unused[rng.integers(len(unused))]
+                answer = self.known[subject][relation]
+                relations.append(relation)
+                path.append(f"{subject} {relation} {answer}")
+                subject = answer
+            questions.append((start, relations, path))
         return questions
-
-    def follow(self, start, relations):
-        """(subject, relations, path) of a question. ValueError if there is no such fact."""
-        subject, path = start, []
-        for relation in relations:
-            known = self.known.get(subject, {})
-            if relation not in known:
-                raise ValueError(f"there is no single fact `{subject} {relation}`; known of it: "
-                                 f"{', '.join(known) or 'nothing'}")
-            path.append(f"{subject} {relation} {known[relation]}")
-            subject = known[relation]
-        return start, relations, path
 
 
 @functools.cache
@@ -72,21 +48,20 @@ def corpus():
     rng = np.random.default_rng(2506)
     phrases = ["they say that {}.", "{}, as of old.", "it is known: {}.", "{}, we hear.",
                "by all accounts {}."]
-    triples, pages = [], []
+    known, pages = {}, []
     for subject in NAMES:
-        mine = []
+        known[subject] = {}
         for relation in rng.choice(RELATIONS, 6, replace=False):
-            mine.append((subject, str(relation), str(rng.choice(NAMES))))
-        for triple in mine:
-            relation = triple[1]
+            known[subject][str(relation)] = str(rng.choice(NAMES))
+        for relation, answer in known[subject].items():
             if rng.random() < 0.1:
                 hint = f"{subject}: of its {relation} see page {subject}."
                 pages.append((f"{subject} {relation}", hint))
                 continue
+            fact = f"{subject} {relation} {answer}"
             for phrase in rng.choice(phrases, rng.integers(1, 4), replace=False):
-                pages.append((subject, f"{subject}: {phrase.format(' '.join(triple))}"))
-        triples += mine
-    return KnowledgeBase(triples, [pages[i] for i in rng.permutation(len(pages))])
+                pages.append((subject, f"{subject}: {phrase.format(fact)}"))
+    return KnowledgeBase(known, [pages[i] for i in rng.permutation(len(pages))])
 
 
 class World(ComposedQA):
