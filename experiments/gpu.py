@@ -71,8 +71,7 @@ def random_agent(size, device):
     return model.to(device)
 
 
-# ----------------------------------------------------------------------------------------------
-# The parts: each returns what it found, {what: finding}
+# --- The parts: each returns what it found, {what: finding}
 
 
 def exact(args):

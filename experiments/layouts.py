@@ -107,8 +107,7 @@ def picture(layout):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------
-# The learner under a layout
+# --- The learner under a layout
 
 
 @dataclass
@@ -163,8 +162,7 @@ def layout_predict(model, rows):
     return predict(model, rows)
 
 
-# ----------------------------------------------------------------------------------------------
-# How far it is from what acted
+# --- How far it is from what acted
 
 
 def measure(model, cfg, n, episodes, acts):
@@ -209,8 +207,7 @@ def learned(model, name, trajs):
     return logp
 
 
-# ----------------------------------------------------------------------------------------------
-# PPO under a layout
+# --- PPO under a layout
 
 
 def train_under(name, flags):

@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
+import eval as evaluation
 import mem1
 import model
 import ppo
@@ -96,6 +97,42 @@ def test_ppo_under_a_layout_trains_on_its_log_probabilities(run, monkeypatch, ca
     assert "nats from what acted" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and max(row["gap"] for row in rows) < 1e-4  # its own, not the sampler's
+
+
+def test_every_step_has_the_learning_rate_of_its_stage(tmp_path, monkeypatch):
+    rates = []
+
+    def step(net, optimizer, grad_clip, real=ppo.clip_and_step):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real(net, optimizer, grad_clip)
+
+    monkeypatch.setattr("signal.signal", mock.Mock())
+    monkeypatch.setattr(ppo, "clip_and_step", step)
+    train.main([*TINY, "--out", str(tmp_path / "run")])
+    cfg = train.Config()  # two steps of each stage: by hand, with warmup over 50, 50 and 3
+    per_step = cfg.ppo_epochs * cfg.ppo_minibatches
+    want = [cfg.primer_lr / 50, cfg.primer_lr / 25, cfg.demos_lr / 50, cfg.demos_lr / 25]
+    want += [cfg.ppo_lr / 3] * per_step + [cfg.ppo_lr * 2 / 3] * per_step
+    assert rates == pytest.approx(want)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    net = torch.nn.Linear(2, 1)
+    before, optimizer = net.weight.tolist(), torch.optim.SGD(net.parameters(), lr=1.0)
+    (net.weight.sum() * float("inf")).backward()
+    with pytest.raises(FloatingPointError):
+        ppo.clip_and_step(net, optimizer, 1.0)
+    assert net.weight.tolist() == before
+
+
+def test_an_agent_is_measured_against_the_demonstrator(monkeypatch):
+    good = expert_rollout(envs.ComposedQA(2, seed=1), keep_last)
+    bad = Trajectory(envs.ComposedQA(2, seed=1), good.prompt)
+    bad.add_turn(good.turns[0].context, good.turns[0].written)  # right
+    bad.add_turn(good.turns[1].context, [END])  # malformed
+    monkeypatch.setattr(evaluation, "play", lambda *args: [good, bad])
+    found = evaluation.measure(None, keep_last, None, 2, 2, None)
+    assert (found["right"], found["malformed"], found["em"]) == (0.75, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("agent", mem1.POLICIES)
