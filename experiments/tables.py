@@ -184,7 +184,8 @@ def comparison(methods, a, b):
         pairs = [(methods[a][seed][str(n)], methods[b][seed][str(n)]) for seed in seeds]
         row = [n, interval([x["em"] - y["em"] for x, y in pairs], "+.2f")]
         for name in "em", "peak", "dependency", "time":
-            ratios = [x[name] / y[name] if y[name] else np.nan for x, y in pairs]
+            is_defined = all(y[name] for _, y in pairs)
+            ratios = [x[name] / y[name] for x, y in pairs] if is_defined else []
             row.append(interval(ratios, ".2f"))
         rows.append(row)
     head = ["em less em", "em / em", "peak / peak", "dependency / dependency", "time / time"]
