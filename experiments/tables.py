@@ -20,8 +20,7 @@ import numpy as np
 
 from eval import Parser, load_run
 
-MEASURES = dict(em=".2f", peak=".0f", dependency=".0f", turns=".1f", malformed=".1%", right=".1%",
-                time=".3f")
+MEASURES = dict(em=".2f", peak=".0f", dependency=".0f", malformed=".1%", right=".1%", time=".3f")
 METHODS = {
     "mem1-demos": "mem1, random notes",
     "mem1-demos-sampled": "mem1, random notes, sampled",
