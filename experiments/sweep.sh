@@ -32,6 +32,7 @@ runs() {  # lines of name|script|flags
 012|stitched-slow|experiments/layouts.py --train stitched|$from_demos --ppo-lr 1e-4 --ppo-steps 120
 012|L20|train.py|--agents mem1 --around 20
 01234|short|train.py|$imitate mem1 full --primer-longest 6
+012|short-random|train.py|--agents mem1 --primer-longest 6
 012|L0|train.py|--agents mem1 --around 0
 012|count|train.py|--agents mem1 --env count --demos oracle --demos-steps 1600 --long-prompts 0.3 $far
 012|L20-list|train.py|$imitate full-list --around 20
