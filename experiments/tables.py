@@ -7,7 +7,7 @@
     python experiments/tables.py assets/exposure.json --exposure --plot assets/exposure.png
 
 A cell is the mean over the seeds ± half the width of its 95% confidence interval (Student's t).
-Needs matplotlib for --plot.
+--plot needs matplotlib.
 """
 import json
 import signal
@@ -119,36 +119,30 @@ def report(methods, names):
     return tables
 
 
-def summary(methods, names, horizons):
-    """Rows of EM at some horizons, and the rest at 16. names: {method: how it is called here}."""
+def summary(methods, horizons):
+    """EM of {label: {seed: {objectives: measures}}} at some horizons, and the rest at 16."""
     rows = []
-    for method in [method for method in names if method in methods]:
-        em = [mean(methods, method, n, "em") for n in horizons]
-        rest = [mean(methods, method, 16, name).partition(" ±")[0]
+    for label, seeds in methods.items():
+        em = [mean(methods, label, n, "em") for n in horizons]
+        rest = [mean(methods, label, 16, name).partition(" ±")[0]
                 for name in ("peak", "dependency", "time", "malformed")]
-        rows.append([names[method], len(methods[method]), *em, *rest])
-    return rows
-
-
-def summary_table(horizons, rows):
-    """The rows of summary() as markdown."""
+        rows.append([label, len(seeds), *em, *rest])
     return markdown(["", "seeds", *(f"EM of {n}" for n in horizons), "peak at 16", "dependency",
                      "seconds", "malformed"], rows)
 
 
 def readme_table(one):
     """The table in the README."""
-    horizons = 2, 8, 16, 32
-    return summary_table(horizons, summary(one["methods"], METHODS, horizons))
+    methods = one["methods"]
+    return summary({label: methods[name] for name, label in METHODS.items() if name in methods},
+                   horizons=(2, 8, 16, 32))
 
 
 def exposure_table(found):
     """All agents at all L."""
-    horizons, rows = (2, 4, 8, 16, 32, 64), []
-    for around, agents in found.items():
-        names = {agent: f"L = {around}, `{agent}`" for agent in agents}
-        rows += summary(agents, names, horizons)
-    return summary_table(horizons, rows)
+    methods = {f"L = {around}, `{agent}`": seeds
+               for around, agents in found.items() for agent, seeds in agents.items()}
+    return summary(methods, horizons=(2, 4, 8, 16, 32, 64))
 
 
 def by_seed(methods, names):
@@ -156,8 +150,7 @@ def by_seed(methods, names):
     rows = []
     for method in names:
         for seed, cells in sorted(methods[method].items()):
-            one = {method: {seed: cells}}
-            em = [mean(one, method, n, "em") for n in (2, 8, 16, 32, 64)]
+            em = [mean({method: {seed: cells}}, method, n, "em") for n in (2, 8, 16, 32, 64)]
             rows.append([f"`{method}`", seed, *em])
     return markdown(["em", "seed", 2, 8, 16, 32, 64], rows)
 
@@ -175,7 +168,7 @@ def ppo_table(curves):
 
 
 def comparison(methods, a, b):
-    """How a differs from b, paired by training seed (all play the same test episodes)."""
+    """How a differs from b, paired by seed; em / em only if b has over 1/20 right on each seed."""
     seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
     rows = []
     tested = [{int(n) for n in methods[x][seed]} for x in (a, b) for seed in seeds]
@@ -183,7 +176,7 @@ def comparison(methods, a, b):
         pairs = [(methods[a][seed][str(n)], methods[b][seed][str(n)]) for seed in seeds]
         row = [n, interval([x["em"] - y["em"] for x, y in pairs], "+.2f")]
         for name in "em", "peak", "dependency", "time":
-            is_defined = all(y[name] for _, y in pairs)
+            is_defined = name != "em" or all(y["em"] > n / 20 for _, y in pairs)
             ratios = [x[name] / y[name] for x, y in pairs] if is_defined else []
             row.append(interval(ratios, ".2f"))
         rows.append(row)

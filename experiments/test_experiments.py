@@ -225,6 +225,14 @@ def test_an_interval_is_of_the_t_distribution():
     assert tables.interval([5.0], ".0f") == "5"
 
 
+def test_a_comparison_is_paired_by_seed_and_divides_by_nothing_near_0():
+    given = dict(a=[10.0, 4.0, 9.0], b=[8.0, 2.0], c=[0.5])  # EM of each seed
+    methods = {name: {str(seed): {"16": dict(em=em, peak=1.0, dependency=1.0, time=1.0)}
+                      for seed, em in enumerate(scores)} for name, scores in given.items()}
+    assert "| 16 | +2.00 ± 0.00 | 1.62 ± 4.76 | 1.00 ± " in tables.comparison(methods, "a", "b")
+    assert "| 16 | +9.50 |  | 1.00 |" in tables.comparison(methods, "a", "c")
+
+
 def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_is_off():
     args = SimpleNamespace(device="cpu", quick=True)
 
