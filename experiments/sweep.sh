@@ -30,7 +30,7 @@ runs() {  # lines of name|script|flags
 012|stitched|experiments/layouts.py --train stitched|$from_demos
 012|released|experiments/layouts.py --train released|$from_demos
 012|stitched-slow|experiments/layouts.py --train stitched|$from_demos --ppo-lr 1e-4 --ppo-steps 120
-012|stitched-no-kl|experiments/layouts.py --train stitched|$from_demos --ppo-lr 1e-4 --ppo-steps 120 --kl-coef 0
+01|stitched-no-kl|experiments/layouts.py --train stitched|$from_demos --ppo-lr 1e-4 --ppo-steps 120 --kl-coef 0
 012|slow|train.py|$from_demos --ppo-lr 1e-4 --ppo-steps 120
 012|L20|train.py|--agents mem1 --around 20
 01234|short|train.py|$imitate mem1 full --primer-longest 6
