@@ -28,7 +28,7 @@ import torch
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_past
+from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_context
 from model import GPT, GPTConfig
 
 SEED = 1  # of validation and test episodes; those of seed 0 were seen while settings were chosen
@@ -176,7 +176,7 @@ def show(traj, policy):
     print(f"task   {ENC.decode(traj.prompt)}")
     before = []
     for t, turn in enumerate(traj.turns):
-        kept = visible_past(traj.env, policy, traj.turns[:t])
+        kept = visible_context(traj.env, policy, traj.turns[:t])
         pruned = []
         for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, False).get_opcodes():
             if op != "equal":
@@ -221,13 +221,22 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        evaluate_run(args)
+        cfg, models, chosen = settings(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if not args.show:
+        print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
+        return
+    for name in chosen:
+        model, policy, sampled = load_method(models, name, cfg.device)
+        n = args.objectives[0] if args.objectives else min(4, envs.longest_horizon(cfg))
+        print(f"--- {name}, {n} objectives")
+        for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
+            show(traj, policy)
 
 
-def evaluate_run(args):
-    """What the flags ask for. ValueError in one line if that is impossible."""
+def settings(args):
+    """The run's settings, its models, and the methods to evaluate. ValueError in one line."""
     cfg, models = load_run(args.run)
     cfg.device = args.device
     cfg.env = args.env or cfg.env
@@ -235,20 +244,13 @@ def evaluate_run(args):
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     names = methods(models)
     chosen = args.agents or [n for n in names if not (args.show and n.endswith("-sampled"))]
+    require(names, f"{args.run} has no agent yet; resume it with train.py")
     fits = all(1 <= n <= longest for n in cfg.eval_objectives)
     require(fits, f"--objectives: expected 1 to {longest}")
     require(set(chosen) <= set(names), f"--agents: expected some of {' '.join(names)}")
     for number in args.episodes, args.show:
         require(number is None or number > 0, "--episodes, --show: expected 1 or more")
-    if not args.show:
-        print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
-        return
-    n = (args.objectives or [min(4, longest)])[0]
-    for name in chosen:
-        model, policy, sampled = load_method(models, name, cfg.device)
-        print(f"--- {name}, {n} objectives")
-        for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
-            show(traj, policy)
+    return cfg, models, chosen
 
 
 if __name__ == "__main__":

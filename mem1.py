@@ -135,7 +135,7 @@ class Trajectory:
 
     def next_context(self, policy):
         """What the agent sees before it writes its next turn."""
-        return [*self.prompt, *visible_past(self.env, policy, self.turns), IS]
+        return [*self.prompt, *visible_context(self.env, policy, self.turns), IS]
 
     def add_turn(self, context, written, logp=(), value=()):
         """Record a turn, and step the environment."""
@@ -223,7 +223,7 @@ POLICIES = {"mem1": keep_last, "full": keep_all, "full-list": keep_all_relist,
             "window": keep_window, "similar": keep_similar}
 
 
-def visible_past(env, policy, turns):
+def visible_context(env, policy, turns):
     """What the next turn sees of the past, as ids."""
     turns = env.history + turns
     return policy(turns) if turns else []
@@ -237,7 +237,7 @@ def expert(env, policy, turns, rng=None):
 
     rng: None for oracle notes; a numpy Generator for random ones.
     """
-    seen = ENC.decode(visible_past(env, policy, turns))
+    seen = ENC.decode(visible_context(env, policy, turns))
     if rng is None:  # with keep_all older answers stay in view, so only new ones are listed
         state, kind, text = env.expert(seen, fresh=policy is keep_all)
     else:
@@ -271,13 +271,13 @@ def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory: its trained parts are what the turns wrote."""
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
     text, parts = envs.primer(rng, longest, envs.world(cfg.env).extra_words)
-    seen = ENC.encode_ordinary(text)
-    traj = Trajectory(None, seen)
+    context = ENC.encode_ordinary(text)
+    traj = Trajectory(None, context)
     for part, is_trained in parts:
         ids = ENC.encode_ordinary(part)
         if is_trained:
-            traj.turns.append(Turn(seen, ids))
-        seen = seen + ids
+            traj.turns.append(Turn(context, ids))
+        context = context + ids
     return traj
 
 
@@ -340,9 +340,9 @@ def rollout_batch(model, trajs, policy, rngs):
             trajs[e].add_turn(context, ids, logp, value)
             fed[e] = context + ids
         live = [live[b] for b in order]
-        going = torch.tensor([not trajs[e].env.done for e in live], device=weight.device)
-        cache.compact(going)
-        live = [e for e in live if not trajs[e].env.done]
+        going = [not trajs[e].env.done for e in live]
+        cache.compact(torch.tensor(going, device=weight.device))
+        live = [e for e, goes_on in zip(live, going) if goes_on]
     seconds = (time.perf_counter() - started) / len(trajs)
     for traj in trajs:
         traj.seconds = seconds
@@ -385,7 +385,7 @@ def write(model, cache, hidden, caps, uniform):
         value[row, t] = model.value(hidden)
         length[row] += writing
         writing &= (ids[row, t] != END) & (t + 1 < cap[row])
-        n_writing = int(writing.sum())  # the one device sync per token
+        n_writing = int(writing.sum())  # a device sync
         if n_writing == 0:
             break
         if n_writing <= 0.75 * cache.B:  # drop finished rows: up to 1.8 times as fast
@@ -485,7 +485,7 @@ def make_rows(trajs, budget=8192, which=None):
     found = []
     for batch in batches:
         ids, loss_mask, starts = zip(*batch)
-        index = [torch.arange(sum(mask)) + start for mask, start in zip(loss_mask, starts)]
+        index = [torch.arange(sum(trained)) + start for trained, start in zip(loss_mask, starts)]
         found.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))  # (B, T) twice, (m,)
     return found
 

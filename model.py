@@ -114,7 +114,7 @@ class Block(nn.Module):
         if cache is None:
             wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
         else:
-            wide, clock = cache.go_on(i, h, clock)  # (B, 3+T, 2C), (B, T, nh)
+            wide, clock = cache.extend(i, h, clock)  # (B, 3+T, 2C), (B, T, nh)
         qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
@@ -122,10 +122,10 @@ class Block(nn.Module):
         q, k = qk.unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         v = v.unflatten(2, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
         q, k = with_age(q, k, clock)
-        seen = None  # which keys each token may attend to; None: its own and those before it
+        attn_mask = None  # which keys a token may attend to; None: its own and those before it
         if cache is not None:
-            k, v, seen = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
+            k, v, attn_mask = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
         return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
@@ -215,13 +215,13 @@ class Cache:
             room = max(self.L, have + have // 128 * 16)  # by an eighth, if that is more
             self.kv = F.pad(self.kv[:, : self.rows], (0, 0, 0, room - have))
         self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
-        seen = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
-        self.mask = seen[:, None]  # (B, 1, T, L)
+        visible = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
+        self.attn_mask = visible[:, None]  # (B, 1, T, L)
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += n
 
-    def go_on(self, i, h, clock):
+    def extend(self, i, h, clock):
         """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
         which began at 0, from where the last one stopped."""
         tail, width = self.tail[i, : self.B], h.size(2)
@@ -238,4 +238,4 @@ class Cache:
         row = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         new = torch.stack([k, v], 1).to(kv.dtype)  # (B, 2, nh, T, hs)
         kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)  # (B, T, nh, 2, hs)
-        return *kv[..., : self.L, :].unbind(1), self.mask
+        return *kv[..., : self.L, :].unbind(1), self.attn_mask

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from envs import Stream, keyed_rng
-from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout, visible_past
+from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout, visible_context
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
@@ -39,7 +39,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     device = raw.emb.weight.device
     like = dict(dtype=raw.emb.weight.dtype, device=device)
 
-    # 1. Play.
+    # 1. Rollout.
     mine = share(cfg.ppo_batch)
     rngs = [keyed_rng(cfg.seed, Stream.PPO, step, e, 2) for e in mine]
     trajs = rollout(raw, environments, policy, rngs, cfg.play_batch)
@@ -66,22 +66,24 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
             which = [mine.index(e) for e in chosen if e in mine]
-            played, reading = make_rows(trajs, cfg.micro_batch, which), []
+            batch = make_rows(trajs, cfg.micro_batch, which)
+            reading = []
             if cfg.exercises:  # a little of the primer
                 number = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
                 reading = make_rows(exercises(cfg, number), cfg.micro_batch)
-            n_played, n_reading = token_count(played, device), token_count(reading, device)
-            final = (reading or played)[-1]
+            n_tokens, n_reading = token_count(batch, device), token_count(reading, device)
+            final = (reading or batch)[-1]
             optimizer.zero_grad()
 
-            for rows in played:
-                i = rows.index.to(device)
-                old = old_logp[i]  # (m,)
+            for rows in batch:
                 with no_sync(model, unless=rows is final):
-                    logp, value, entropy = predict(model, rows.to(device))  # each (m,)
+                    rows = rows.to(device)
+                    i = rows.index  # (m,)
+                    old = old_logp[i]  # (m,)
+                    logp, value, entropy = predict(model, rows)  # each (m,)
                     policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
                     value_term = 0.5 * (value - ret[i]) ** 2  # (m,): no gradient beyond the head
-                    backward((policy_term + value_term).sum() / n_played)
+                    backward((policy_term + value_term).sum() / n_tokens)
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
                     gap = torch.cat([(logp - old).abs(), gap[None]]).max()
@@ -179,7 +181,7 @@ def mean_over_episodes(trajs):
         rows.append(dict(
             reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
             turns=len(traj.turns), shown=shown, held=held,
-            unpruned=len(visible_past(traj.env, keep_all, traj.turns))))  # in a full context
+            unpruned=len(visible_context(traj.env, keep_all, traj.turns))))  # in a full context
     row = mean_of(rows)
     shown, held = row.pop("shown"), row.pop("held")
     return dict(row, memory=held / shown if shown else 0.0)
@@ -189,8 +191,8 @@ def mean_over_episodes(trajs):
 
 
 def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
-    """Reward of each token (M,): what its turn earned, at the end of the turn, and a price for
-    leaving the reference policy.
+    """Reward of each token (M,): what its turn earned, at the end of the turn, less the KL
+    penalty.
 
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
@@ -214,8 +216,8 @@ def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
     adv_t = delta_t + gamma lam adv_{t+1},   ret_t = adv_t + V_t
 
     After the last token of an episode V is 0, whether it answered or ran out of turns: the turn
-    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is what is still to be
-    earned, less V_t.
+    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is the sum of the
+    rewards from t on, less V_t.
 
     >>> value, ends = torch.full((3,), 0.5), torch.tensor([False, False, True])
     >>> gae(torch.tensor([0.0, 0.0, 1.0]), value, ends)[0].tolist()

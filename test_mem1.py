@@ -411,19 +411,19 @@ def test_no_two_streams_share_an_episode(monkeypatch):
 @given(sampled_from([*POLICIES.values()]), integers(0, 4), booleans(), seeds)
 @example(keep_last, 4, True, 0)
 @example(keep_last, 4, False, 0)
-def test_a_piece_begins_where_the_demonstrator_of_the_whole_task_takes_up_its_question(
+def test_a_piece_begins_where_the_whole_task_reaches_its_question(
         policy, before, random, seed):
     rng, same_rng = [default_rng(seed) if random else None for _ in range(2)]
     env, whole = ComposedQA(6, seed=seed), ComposedQA(6, seed=seed)
     mem1.play_history(env, policy, before, rng)
     first = Trajectory(env, prompt_ids(env)).next_context(policy)
 
-    # In the whole task, a turn takes up a question if its query is the first hop of that question.
+    # The whole task reaches a question in the turn whose query is its first hop.
     turns = expert_rollout(whole, policy, same_rng).turns
     hop = " " + whole.paths[whole.golds[before][0]][0].rpartition(" ")[0]
-    taken_up = [mem1.parse(turn.written)[2] for turn in turns].index(hop)
-    assert env.history == turns[:taken_up]
-    assert first == turns[taken_up].context
+    start = [mem1.parse(turn.written)[2] for turn in turns].index(hop)
+    assert env.history == turns[:start]
+    assert first == turns[start].context
 
 
 @parametrize("flags", [dict(), dict(around=0), dict(demos="oracle")])
@@ -637,7 +637,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_debug_preset_finds_memory_by_reward(tmp_path):
-    assert run(*"--preset debug --agents mem1 --out".split(), tmp_path) == (0, [])
+    assert run(*"--preset debug --agents mem1 --device cpu --out".split(), tmp_path) == (0, [])
     for name, before, after in ("memory", 0.5, 0.9), ("em", 1.4, 1.7):
         values = [row[name] for row in logged(tmp_path) if row["stage"] == "ppo"]
         assert np.mean(values[:3]) < before and np.mean(values[-3:]) > after
@@ -656,7 +656,7 @@ def test_a_run_leaves_metrics_and_the_results_of_its_agents_greedy_and_sampled(f
         assert table[name]["1"]["dependency"] == np.mean([traj.dependency for traj in trajs])
         written.append([traj.turns[0].written for traj in trajs])
     assert written[0] != written[1]
-    assert run(finished, "--show", 1, main=evaluation.main) == (0, [])
+    assert run(finished, "--show", 1, "--device", "cpu", main=evaluation.main) == (0, [])
 
 
 def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp_path, monkeypatch):
@@ -731,7 +731,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --ppo-lr nan: ppo-lr
---workers 999: workers; --out "": a directory; --out {}: holds a run already
+--workers 9999999: workers; --out "": a directory; --out {}: holds a run already
 --resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt
 --resume --out {}/unknown: another train.py; --resume --out {}/wide: size; {}/foreign: contents
 {}/malicious: checkpoint.pt; {} --episodes 0: --episodes; {} --show 0: --show
@@ -803,10 +803,10 @@ def test_what_the_readme_names_exists_and_its_table_is_what_was_measured():
 # --- The test of the tests: a known bug is put back in, and a test must fail
 
 MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning of the test's name
-    ("model.Block.forward", "is_causal=seen is None", "is_causal=False", "sampler"),
+    ("model.Block.forward", "is_causal=attn_mask is None", "is_causal=False", "sampler"),
     ("model.Cache.reserve", "<= self.slots[..., None]", ">= 0 * self.slots[..., None]", "sampler"),
     ("model.Cache.rollback", "self.prompt_tail[:,", "self.tail[:,", "sampler"),
-    ("model.Cache.go_on", "+ tail[:, -1:, width:]", "", "sampler"),
+    ("model.Cache.extend", "+ tail[:, -1:, width:]", "", "sampler"),
     ("mem1.predict", "x[:, :-1]", "x[:, 1:]", "sampler"),
     ("mem1.rollout_batch", "len(fed[e]) - 1", "len(fed[e])", "sampler"),
     ("mem1.merged_turns", "[False]", "[True]", "rows_show"),  # read tokens are trained
@@ -819,7 +819,7 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
     ("mem1.memory_recall", "found.intersection(", "found.union(", "memory"),
     ("envs.ComposedQA.take_piece", "self.golds[first : first + n]", "self.golds", "training_asks"),
     ("ppo.update", "in trajs for r", "in trajs[::-1] for r", "one_whole"),  # another's reward
-    ("ppo.update", "term).sum() / n_played", "term).mean()", "one_whole"),
+    ("ppo.update", "term).sum() / n_tokens", "term).mean()", "one_whole"),
     ("ppo.update", "whiten(adv)", "whiten(adv); ret = adv + old_value", "one_whole"),
     ("ppo.update", "predict(reference,", "predict(raw,", "one_whole"),
     ("ppo.gae", "if end[t]", "if t == len(r) - 1", "gae"),  # advantages cross episodes

@@ -3,7 +3,7 @@
     python train.py                              # laptop: two agents, then the paper's trend
     python train.py --preset debug               # the smallest task, within a minute
     python train.py --device cuda --nproc 8      # 8 GPUs by DDP; --preset gpu: a larger model
-    torchrun --nproc-per-node 8 train.py         # the same; also on several machines
+    torchrun --nproc-per-node 8 train.py         # the same; several machines share --out
     python train.py --out runs/cpu --resume      # continue an interrupted run
     python train.py --start runs/cpu --seed 1 --out runs/again   # PPO only, from imitated agents
 
@@ -104,7 +104,7 @@ class Config:
     # optimisation
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    micro_batch: int = 1024  # tokens (not rows) per forward pass: what fits a CPU core's cache
+    micro_batch: int = 0  # tokens per forward pass; 0: 1024 (a CPU core's cache) or, cuda, 65536
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
@@ -121,8 +121,8 @@ PRESETS = {
     "gpu": dict(
         out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
-        demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, micro_batch=65536,
-        eval_every=50, eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024,
+        demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, eval_every=50,
+        eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024,
         valid_episodes=256),
 }
 CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
@@ -131,8 +131,8 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
 LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc workers".split()  # on --resume
 # Else from 1 (integers) or 0 to a billion.
-LOWEST = dict(seed=0, nproc=0, workers=0, exercises=0, around=0, ppo_steps=0, primer_longest=2,
-              grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
+LOWEST = dict(seed=0, nproc=0, workers=0, micro_batch=0, exercises=0, around=0, ppo_steps=0,
+              primer_longest=2, grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
@@ -533,9 +533,12 @@ def configure(given):
     require(gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
+    cfg.micro_batch = cfg.micro_batch or (65536 if cfg.device == "cuda" else 1024)
     available = gpus if cfg.device == "cuda" else os.cpu_count()
     if dist.is_torchelastic_launched():  # by torchrun, or by launch()
         cfg.nproc = int(os.environ["WORLD_SIZE"])
+        require(cfg.device == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus,
+                f"expected at most {gpus} processes on this machine, one per GPU")
     else:
         cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
         require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
@@ -605,17 +608,19 @@ def main(argv):
     if cfg.nproc > 1 and not dist.is_torchelastic_launched():
         return launch(cfg, argv)
     torch.set_num_threads(1)  # several threads fight over small matrices
-    if cfg.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if cfg.nproc > 1:
-        backend = "nccl" if cfg.device == "cuda" else "gloo"
+        backend = "gloo"
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         dist.barrier()  # all have seen that --out is free before one writes there
     try:
         with locked(cfg.out):
             train(cfg)
     except (FloatingPointError, OSError) as error:
-        hint = "" if isinstance(error, FloatingPointError) else f"; {resume_hint(cfg)}"
+        goes_on = isinstance(error, OSError) and Path(cfg.out).is_dir()
+        hint = f"; {resume_hint(cfg)}" if goes_on else ""
         print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others

@@ -137,7 +137,7 @@ class MaskAsCache:
     def __init__(self, see):
         self.see = see  # (1, 1, T, T)
 
-    def go_on(self, i, h, clock):
+    def extend(self, i, h, clock):
         return F.pad(h, (0, 0, WIDTH - 1, 0)), clock  # (B, 3+T, 2C), (B, T, nh)
 
     def append(self, i, k, v):
