@@ -175,12 +175,12 @@ def comparison(methods, a, b):
     for n in sorted(set.intersection(*tested)) if seeds else []:
         pairs = [(methods[a][seed][str(n)], methods[b][seed][str(n)]) for seed in seeds]
         row = [n, interval([x["em"] - y["em"] for x, y in pairs], "+.2f")]
-        for name in "em", "peak", "dependency", "time":
+        for name in "em", "peak", "dependency":
             is_defined = name != "em" or all(y["em"] > n / 20 for _, y in pairs)
             ratios = [x[name] / y[name] for x, y in pairs] if is_defined else []
             row.append(interval(ratios, ".2f"))
         rows.append(row)
-    head = ["em less em", "em / em", "peak / peak", "dependency / dependency", "time / time"]
+    head = ["em less em", "em / em", "peak / peak", "dependency / dependency"]
     return markdown([f"`{a}` and `{b}`", *head], rows)
 
 
