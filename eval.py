@@ -227,9 +227,9 @@ def main(argv=None):
     if not args.show:
         print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
         return
+    n = args.objectives[0] if args.objectives else min(4, envs.longest_horizon(cfg))
     for name in chosen:
         model, policy, sampled = load_method(models, name, cfg.device)
-        n = args.objectives[0] if args.objectives else min(4, envs.longest_horizon(cfg))
         print(f"--- {name}, {n} objectives")
         for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
             show(traj, policy)

@@ -385,7 +385,7 @@ def write(model, cache, hidden, caps, uniform):
         value[row, t] = model.value(hidden)
         length[row] += writing
         writing &= (ids[row, t] != END) & (t + 1 < cap[row])
-        n_writing = int(writing.sum())  # a device sync
+        n_writing = int(writing.sum())  # waits for the device
         if n_writing == 0:
             break
         if n_writing <= 0.75 * cache.B:  # drop finished rows: up to 1.8 times as fast

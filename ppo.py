@@ -191,8 +191,7 @@ def mean_over_episodes(trajs):
 
 
 def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
-    """Reward of each token (M,): what its turn earned, at the end of the turn, less the KL
-    penalty.
+    """Reward of each token (M,): what its turn earned, at the turn's end, less the KL penalty.
 
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 

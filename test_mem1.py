@@ -411,8 +411,7 @@ def test_no_two_streams_share_an_episode(monkeypatch):
 @given(sampled_from([*POLICIES.values()]), integers(0, 4), booleans(), seeds)
 @example(keep_last, 4, True, 0)
 @example(keep_last, 4, False, 0)
-def test_a_piece_begins_where_the_whole_task_reaches_its_question(
-        policy, before, random, seed):
+def test_a_piece_begins_where_the_whole_task_reaches_its_question(policy, before, random, seed):
     rng, same_rng = [default_rng(seed) if random else None for _ in range(2)]
     env, whole = ComposedQA(6, seed=seed), ComposedQA(6, seed=seed)
     mem1.play_history(env, policy, before, rng)
@@ -629,7 +628,7 @@ def finished(tmp_path_factory):
     state = evaluation.load_checkpoint(out)
     wide, unknown = [dict(state["config"], **change) for change in (dict(n_embd=96), dict(x=1))]
     misfits = dict(wide=dict(state, config=wide), unknown=dict(state, config=unknown),
-                   foreign={}, malicious=Trap())
+                   early=dict(state, models={}), foreign={}, malicious=Trap())
     for name, content in misfits.items():
         (out / name).mkdir()
         torch.save(content, out / name / "checkpoint.pt")
@@ -734,7 +733,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 --workers 9999999: workers; --out "": a directory; --out {}: holds a run already
 --resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt
 --resume --out {}/unknown: another train.py; --resume --out {}/wide: size; {}/foreign: contents
-{}/malicious: checkpoint.pt; {} --episodes 0: --episodes; {} --show 0: --show
+{}/malicious: checkpoint.pt; {}/early: no agent; {} --episodes 0: --episodes; {} --show 0: --show
 {} --agents nobody: --agents; {} --objectives 99: --objectives; {} --env nowhere: --env"""))
 def test_bad_flags_and_runs_that_they_do_not_fit_get_one_line_and_an_exit_code(finished, bad):
     flags, words = bad.format(finished).rsplit(": ", 1)
@@ -742,6 +741,7 @@ def test_bad_flags_and_runs_that_they_do_not_fit_get_one_line_and_an_exit_code(f
     main = evaluation.main if bad.startswith("{}") else train.main
     code, (line,) = run(*base, *shlex.split(flags), main=main)
     assert code == (1 if words == "/proc/run" else 2) and words in line
+    assert "to continue" not in line  # nothing was begun
 
 
 def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ class Config:
     # optimisation
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    micro_batch: int = 0  # tokens per forward pass; 0: 1024 (a CPU core's cache) or, cuda, 65536
+    micro_batch: int = 0  # tokens per forward pass; 0: 1024 (fits a CPU's cache), on a GPU 65536
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
@@ -122,8 +122,7 @@ PRESETS = {
         out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
         demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, eval_every=50,
-        eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024,
-        valid_episodes=256),
+        eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024, valid_episodes=256),
 }
 CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
                device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
@@ -619,8 +618,8 @@ def main(argv):
         with locked(cfg.out):
             train(cfg)
     except (FloatingPointError, OSError) as error:
-        goes_on = isinstance(error, OSError) and Path(cfg.out).is_dir()
-        hint = f"; {resume_hint(cfg)}" if goes_on else ""
+        can_resume = isinstance(error, OSError) and Path(cfg.out).is_dir()
+        hint = f"; {resume_hint(cfg)}" if can_resume else ""
         print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others

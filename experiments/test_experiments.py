@@ -227,7 +227,7 @@ def test_an_interval_is_of_the_t_distribution():
 
 def test_a_comparison_is_paired_by_seed_and_divides_by_nothing_near_0():
     given = dict(a=dict(s0=10.0, s1=4.0, s2=9.0), b=dict(s1=2.0, s0=8.0), c=dict(s0=0.5))  # EM
-    methods = {name: {seed: {"16": dict(em=em, peak=1.0, dependency=1.0, time=1.0)}
+    methods = {name: {seed: {"16": dict(em=em, peak=1.0, dependency=1.0)}
                       for seed, em in scores.items()} for name, scores in given.items()}
     assert "| 16 | +2.00 ± 0.00 | 1.62 ± 4.76 | 1.00 ± " in tables.comparison(methods, "a", "b")
     assert "| 16 | +9.50 |  | 1.00 |" in tables.comparison(methods, "a", "c")
