@@ -88,22 +88,22 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
 
 def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
     """Means over the episodes, shared among the processes; the top of this file explains each."""
-    rows = []
+    stats = []
     for traj in play(model, policy, cfg, n_objectives, ppo.share(episodes), split, sampled):
         turns, env = traj.turns, traj.env
         right = [turn.written == expert(env, policy, turns[:t]) for t, turn in enumerate(turns)]
-        rows.append(dict(
+        stats.append(dict(
             em=env.em, peak=traj.peak, dependency=traj.dependency, turns=len(turns),
             malformed=int(env.cause == "malformed"), right=sum(right) / len(right),
             time=traj.seconds))
-    return ppo.mean_of(rows)
+    return ppo.mean_of(stats)
 
 
 def validate(model, agent, cfg):
     """EM at 2 and 16 objectives, or the most tested: {"em@2": ..., "em@16": ...}."""
-    policy, few = POLICIES[agent], cfg.valid_episodes
     horizons = sorted({min(n, max(cfg.eval_objectives)) for n in (2, 16)})
-    return {f"em@{n}": measure(model, policy, cfg, n, few, Stream.VALID)["em"] for n in horizons}
+    return {f"em@{n}": measure(model, POLICIES[agent], cfg, n, cfg.valid_episodes,
+                               Stream.VALID)["em"] for n in horizons}
 
 
 def methods(models):
@@ -133,8 +133,8 @@ def table(models, cfg, chosen, episodes, log):
         model, policy, sampled = load_method(models, name, cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
-            some = min(episodes, MOST_QUESTIONS // n)
-            r = measure(model, policy, cfg, n, some, Stream.TEST, sampled)
+            n_episodes = min(episodes, MOST_QUESTIONS // n)
+            r = measure(model, policy, cfg, n, n_episodes, Stream.TEST, sampled)
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
     return results
@@ -163,8 +163,8 @@ def show_change(models, cfg):
     """Print an episode of mem1 before PPO and after: the first that is not solved before."""
     played = {}
     for name in "mem1-demos", "mem1":
-        model, n = load_model(models[name], cfg.device), cfg.objectives[1]
-        played[name] = play(model, keep_last, cfg, n, range(16), Stream.VALID)
+        model = load_model(models[name], cfg.device)
+        played[name] = play(model, keep_last, cfg, cfg.objectives[1], range(16), Stream.VALID)
     unsolved = [e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1] or [0]
     for name, trajs in played.items():
         print(f"--- {name}")
@@ -227,12 +227,12 @@ def main(argv=None):
     if not args.show:
         print(trend(table(models, cfg, chosen, args.episodes or cfg.eval_episodes, print)))
         return
-    n = args.objectives[0] if args.objectives else min(4, envs.longest_horizon(cfg))
     for name in chosen:
         model, policy, sampled = load_method(models, name, cfg.device)
-        print(f"--- {name}, {n} objectives")
-        for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
-            show(traj, policy)
+        for n in args.objectives or [min(4, envs.longest_horizon(cfg))]:
+            print(f"--- {name}, {n} objectives")
+            for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
+                show(traj, policy)
 
 
 def settings(args):
@@ -243,7 +243,9 @@ def settings(args):
     longest = envs.longest_horizon(cfg)
     cfg.eval_objectives = args.objectives or [n for n in cfg.eval_objectives if n <= longest]
     names = methods(models)
-    chosen = args.agents or [n for n in names if not (args.show and n.endswith("-sampled"))]
+    chosen = args.agents or names
+    if args.show and not args.agents:
+        chosen = [name for name in names if not name.endswith("-sampled")]
     require(names, f"{args.run} has no agent yet; resume it with train.py")
     fits = all(1 <= n <= longest for n in cfg.eval_objectives)
     require(fits, f"--objectives: expected 1 to {longest}")
@@ -254,5 +256,6 @@ def settings(args):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    for number in signal.SIGPIPE, signal.SIGINT:  # `| head` and Ctrl-C end it quietly
+        signal.signal(number, signal.SIG_DFL)
     main()

@@ -58,11 +58,10 @@ class Tokenizer:
     """
 
     def __init__(self, words):
-        self.ranks = {bytes([i]): i for i in range(256)}
-        self.tags = {}
-        self.add(words)
-        self.tags = {tag: self.n_vocab + i for i, tag in enumerate(TAGS)}
-        self.add([])
+        pieces = [bytes([i]) for i in range(256)] + [b" " + word.encode() for word in words]
+        self.ranks = {piece: i for i, piece in enumerate(pieces)}
+        self.tags = {tag: len(pieces) + i for i, tag in enumerate(TAGS)}
+        self.add([])  # builds the encoding
 
     def add(self, words):
         """Append words to the vocabulary; no existing token changes its id."""
@@ -97,8 +96,9 @@ def parse(ids):
     start = ids.index(tags[0]) if tags else len(ids)
     state, action = ids[:start], ids[start:]
     text = ENC.decode([token for token in action if token not in TAG_IDS])  # broken UTF-8: U+FFFD
-    form = tuple(tags) if ids[-1:] == [END] else None
-    kind = {(QUERY, END): "query", (ANSWER, END): "answer"}.get(form, "malformed")
+    kind = "malformed"
+    if ids[-1:] == [END]:
+        kind = {(QUERY, END): "query", (ANSWER, END): "answer"}.get(tuple(tags), kind)
     return kind, state, text
 
 
@@ -167,7 +167,7 @@ class Trajectory:
 
     @property
     def n_trained(self):
-        """Tokens that the agent chose."""
+        """Number of tokens that the agent chose."""
         return sum(len(turn.written) for turn in self.turns)
 
 
@@ -243,8 +243,8 @@ def expert(env, policy, turns, rng=None):
     else:
         state, kind, text = env.random_notes(seen, rng)
     tag = QUERY if kind == "query" else ANSWER
-    before, after = [ENC.encode_ordinary(f" {said}") if said else [] for said in (state, text)]
-    return [*before, tag, *after, END]
+    state, text = [ENC.encode_ordinary(f" {said}") if said else [] for said in (state, text)]
+    return [*state, tag, *text, END]
 
 
 def expert_rollout(env, policy, rng=None, until=None):
@@ -297,11 +297,11 @@ def rollout(model, environments, policy, rngs=None, batch=64):
            None: greedy, always the likeliest token
     """
     trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
-    pairs = zip(trajs, rngs or [None] * len(trajs))
+    pairs = zip(trajs, rngs or [None] * len(trajs), strict=True)
     pairs = sorted(pairs, key=lambda pair: len(pair[0].prompt))  # little padding
     for i in range(0, len(pairs), batch):
-        some, some_rngs = zip(*pairs[i : i + batch])
-        rollout_batch(model, some, policy, some_rngs)
+        group, group_rngs = zip(*pairs[i : i + batch])
+        rollout_batch(model, group, policy, group_rngs)
     return trajs
 
 
@@ -311,9 +311,9 @@ def rollout_batch(model, trajs, policy, rngs):
     weight = model.emb.weight
     started = time.perf_counter()
     cache = Cache(model, len(trajs))
-    feed(model, cache, [traj.prompt for traj in trajs])  # encoded once an episode
+    feed(model, cache, [traj.prompt for traj in trajs])  # read once an episode
     cache.keep_prompt()
-    fed = [[*traj.prompt, IS] for traj in trajs]  # in the cache, but for the last of each
+    fed = [[*traj.prompt, IS] for traj in trajs]  # all but the last token of each is in the cache
     live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something is pruned, all but the prompt is
@@ -342,7 +342,7 @@ def rollout_batch(model, trajs, policy, rngs):
         live = [live[b] for b in order]
         going = [not trajs[e].env.done for e in live]
         cache.compact(torch.tensor(going, device=weight.device))
-        live = [e for e, goes_on in zip(live, going) if goes_on]
+        live = [e for e in live if not trajs[e].env.done]
     seconds = (time.perf_counter() - started) / len(trajs)
     for traj in trajs:
         traj.seconds = seconds
@@ -358,9 +358,9 @@ def feed(model, cache, contexts):
     return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
 
 
-def padded(some):
+def padded(sequences):
     """Sequences of numbers as one tensor (B, T), with zeros after the shorter ones."""
-    return pad_sequence([torch.tensor(one) for one in some], batch_first=True)
+    return pad_sequence([torch.tensor(one) for one in sequences], batch_first=True)
 
 
 def write(model, cache, hidden, caps, uniform):
@@ -379,7 +379,7 @@ def write(model, cache, hidden, caps, uniform):
     order = torch.arange(B, device=device)  # (B,)
     writing = torch.ones_like(order, dtype=torch.bool)  # (cache.B,)
     for t in range(max(caps)):
-        row = order[: cache.B]
+        row = order[: cache.B]  # (cache.B,)
         drawn = None if uniform is None else uniform[row, t]
         ids[row, t], logp[row, t] = sample(model.logits(hidden), drawn)
         value[row, t] = model.value(hidden)
@@ -477,17 +477,18 @@ def make_rows(trajs, budget=8192, which=None):
     if not rows:
         rows = [([IS], [False], 0)]
     rows.sort(key=lambda row: -len(row[0]))  # rows of like length side by side: little padding
-    batches = []
+    groups = []
     for row in rows:
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > budget:
-            batches.append([])
-        batches[-1].append(row)
-    found = []
-    for batch in batches:
-        ids, loss_mask, starts = zip(*batch)
+        if not groups or (len(groups[-1]) + 1) * width > budget:
+            groups.append([])
+            width = len(row[0])  # the first row of a group is its longest
+        groups[-1].append(row)
+    batch = []
+    for group in groups:
+        ids, loss_mask, starts = zip(*group)
         index = [torch.arange(sum(trained)) + start for trained, start in zip(loss_mask, starts)]
-        found.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))  # (B, T) twice, (m,)
-    return found
+        batch.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))  # (B, T) twice, (m,)
+    return batch
 
 
 def predict(model, rows):

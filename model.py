@@ -160,14 +160,14 @@ class Cache:
 
     def __init__(self, model, B):
         config = model.config
-        like = model.emb.weight
+        weight = model.emb.weight
         nh, C = config.n_head, config.n_embd
-        dtype = torch.bfloat16 if config.bfloat16 else like.dtype
+        dtype = torch.bfloat16 if config.bfloat16 else weight.dtype
         shape = config.n_layer, B, 2, nh, 0, C // nh  # keys, values; reserve() makes room
-        self.kv = torch.zeros(shape).to(like.device, dtype)
+        self.kv = weight.new_zeros(shape, dtype=dtype)
         # Of the last three tokens: inputs of the convolution (2C) and clocks (nh), in each layer.
-        self.tail = torch.zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh).to(like)
-        self.n = torch.zeros(B, dtype=torch.long, device=like.device)  # (B,)
+        self.tail = weight.new_zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh)
+        self.n = weight.new_zeros(B, dtype=torch.long)  # (B,)
         self.B = B  # the first B rows are in use
         self.rows = B  # the first `rows` rows may be used again
         self.longest = 0  # upper bound on the row lengths
@@ -207,7 +207,7 @@ class Cache:
         B, device = self.B, self.n.device
         if T > 1:
             self.longest = int(self.n[:B].max())
-            self.rows = B  # those after are of episodes that are over
+            self.rows = B  # the rest belong to finished episodes
         self.longest += T
         self.L = -(-self.longest // 16) * 16  # slots in use: a multiple of 16, for few shapes
         have = self.kv.size(4)

@@ -36,8 +36,8 @@ from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout,
 def update(model, optimizer, reference, environments, policy, cfg, step):
     """One PPO iteration on this process's `environments`. Returns what to log."""
     raw = getattr(model, "module", model)  # without its DDP wrapper
-    device = raw.emb.weight.device
-    like = dict(dtype=raw.emb.weight.dtype, device=device)
+    weight = raw.emb.weight  # the tensors made below have its dtype and device
+    device = weight.device
 
     # 1. Rollout.
     mine = share(cfg.ppo_batch)
@@ -46,14 +46,14 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
     # 2. Compute the advantage of each token that the agent chose.
     turns = [turn for traj in trajs for turn in traj.turns]
-    old_logp = torch.tensor([x for turn in turns for x in turn.logp], **like)  # (M,)
-    old_value = torch.tensor([x for turn in turns for x in turn.value], **like)  # (M,)
+    old_logp = weight.new_tensor([x for turn in turns for x in turn.logp])  # (M,)
+    old_value = weight.new_tensor([x for turn in turns for x in turn.value])  # (M,)
     ref_logp = torch.zeros_like(old_logp)  # (M,)
     with torch.no_grad():
         for rows in make_rows(trajs, cfg.micro_batch):
             rows = rows.to(device)
             ref_logp[rows.index] = predict(reference, rows)[0]
-    reward = torch.tensor([r for traj in trajs for r in turn_rewards(traj)], **like)  # (J,)
+    reward = weight.new_tensor([r for traj in trajs for r in turn_rewards(traj)])  # (J,)
     turn_ends = segment_ends([len(turn.written) for turn in turns], device)  # (M,)
     episode_ends = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
     rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
@@ -61,16 +61,16 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     adv = whiten(adv)  # (M,)
 
     # 3. Learn.
-    gap = torch.zeros((), **like)
-    sums = torch.zeros(5, **like)  # over all epochs: tokens, entropy, KL, KL to the reference, clip
+    gap = weight.new_zeros(())
+    sums = weight.new_zeros(5)  # over all epochs: tokens, KL, KL to the reference, clipped, entropy
     for epoch in range(cfg.ppo_epochs):
         for k, chosen in enumerate(minibatches(cfg, step, epoch)):
             which = [mine.index(e) for e in chosen if e in mine]
             batch = make_rows(trajs, cfg.micro_batch, which)
             reading = []
-            if cfg.exercises:  # a little of the primer
-                number = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
-                reading = make_rows(exercises(cfg, number), cfg.micro_batch)
+            if cfg.exercises:  # or reading skills erode
+                index = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+                reading = make_rows(exercises(cfg, index), cfg.micro_batch)
             n_tokens, n_reading = token_count(batch, device), token_count(reading, device)
             final = (reading or batch)[-1]
             optimizer.zero_grad()
@@ -87,10 +87,10 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
                     gap = torch.cat([(logp - old).abs(), gap[None]]).max()
-                kl = approx_kl(logp, old)
-                clipped = (((logp - old).exp() - 1).abs() > cfg.clip).to(kl)
-                to_ref = old - ref_logp[i]
-                sums += torch.stack([torch.ones_like(kl), entropy, kl, to_ref, clipped]).sum(1)
+                kl = approx_kl(logp, old)  # (m,)
+                to_ref = old - ref_logp[i]  # (m,)
+                clipped = (((logp - old).exp() - 1).abs() > cfg.clip).to(kl)  # (m,)
+                sums += torch.stack([torch.ones_like(kl), kl, to_ref, clipped, entropy]).sum(1)
 
             for rows in reading:
                 with no_sync(model, unless=rows is final):
@@ -98,10 +98,10 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
 
             norm = clip_and_step(model, optimizer, cfg.grad_clip)
 
-    tokens, entropy, kl, to_ref, clip = all_reduce(sums).tolist()
+    tokens, *totals = all_reduce(sums).tolist()
+    means = {name: x / tokens for name, x in zip(("kl", "ref", "clip", "ent"), totals)}
     return dict(
-        mean_over_episodes(trajs), tokens=tokens, norm=norm,
-        kl=kl / tokens, ref=to_ref / tokens, clip=clip / tokens, ent=entropy / tokens,
+        mean_over_episodes(trajs), tokens=tokens, norm=norm, **means,  # norm: the last minibatch's
         ev=explained_variance(old_value, ret), gap=all_reduce(gap, dist.ReduceOp.MAX).item())
 
 
@@ -129,7 +129,7 @@ def clip_and_step(model, optimizer, grad_clip):
     FloatingPointError in all processes, before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
-        raise FloatingPointError("a gradient is not finite: start again with a lower learning rate")
+        raise FloatingPointError("a gradient is not finite: try a lower --demos-lr or --ppo-lr")
     optimizer.step()
     return norm
 
@@ -157,34 +157,36 @@ def minibatches(cfg, step, epoch):
     """The episodes of each minibatch, numbered over all processes, reshuffled every epoch.
 
     Process r plays the episodes e with e % world_size == r. They are shuffled within lanes of equal
-    e % 8 (if these divide evenly), so that 2, 4 or 8 processes have equally many of each minibatch.
+    e % 8, so that 2, 4 or 8 processes have equally many of each minibatch (if 8 x ppo_minibatches
+    divides the batch; else there is one lane).
     """
     order = keyed_rng(cfg.seed, Stream.PPO, step, epoch, 3).permutation(cfg.ppo_batch)
     lanes = 8 if cfg.ppo_batch % (8 * cfg.ppo_minibatches) == 0 else 1
-    order = order[np.argsort(order % lanes, kind="stable")].reshape(lanes, -1)
+    # One row per lane, shuffled within; a minibatch takes the same columns of each.
+    order = order[np.argsort(order % lanes, kind="stable")].reshape(lanes, -1)  # (lanes, n / lanes)
     parts = np.array_split(order, cfg.ppo_minibatches, axis=1)
     return [sorted(part.flatten().tolist()) for part in parts]
 
 
-def exercises(cfg, number):
+def exercises(cfg, index):
     """This process's reading exercises beside a batch. Batches of demonstrations are numbered
     first, then minibatches of PPO; keys continue from the primer, so that none repeats."""
-    key = cfg.primer_steps + number
+    key = cfg.primer_steps + index
     return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
 
 
 def mean_over_episodes(trajs):
     """What to log of the episodes of all processes: {name: mean}."""
-    rows = []
+    stats = []
     for traj in trajs:
         shown, held = memory_recall(traj)
-        rows.append(dict(
+        stats.append(dict(
             reward=traj.reward, em=traj.env.em, of=traj.env.n_objectives, peak=traj.peak,
             turns=len(traj.turns), shown=shown, held=held,
             unpruned=len(visible_context(traj.env, keep_all, traj.turns))))  # in a full context
-    row = mean_of(rows)
-    shown, held = row.pop("shown"), row.pop("held")
-    return dict(row, memory=held / shown if shown else 0.0)
+    means = mean_of(stats)
+    shown, held = means.pop("shown"), means.pop("held")
+    return dict(means, memory=held / shown if shown else 0.0)
 
 
 # --- The maths, as pure functions
@@ -295,13 +297,13 @@ def share(n):
     return range(rank(), n, world_size())
 
 
-def mean_of(rows):
-    """Means over the rows {name: number} of all processes."""
+def mean_of(stats):
+    """Means over a list of {name: number}, over all processes."""
     if dist.is_initialized():
         parts = [None] * world_size()
-        dist.all_gather_object(parts, rows)
-        rows = sum(parts, [])
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        dist.all_gather_object(parts, stats)
+        stats = sum(parts, [])
+    return {name: sum(one[name] for one in stats) / len(stats) for name in stats[0]}
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):

@@ -19,6 +19,7 @@ Every random choice is keyed by (seed, stage, step, episode). So a resumed run r
 uninterrupted one (in one CPU process bit for bit), and any number of processes gets the same tasks.
 """
 import argparse
+import collections
 import dataclasses
 import datetime
 import fcntl
@@ -38,8 +39,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic import multiprocessing as elastic
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -104,7 +104,8 @@ class Config:
     # optimisation
     grad_clip: float = 1.0
     weight_decay: float = 0.01
-    micro_batch: int = 0  # tokens per forward pass; 0: 1024 (fits a CPU's cache), on a GPU 65536
+    micro_batch: int = 0  # tokens per forward pass; 0: 1024 (fits a CPU's cache), on a GPU 65536.
+    #                       Out of memory: --resume with less of this or of play_batch
     # evaluation
     eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
@@ -119,19 +120,20 @@ PRESETS = {
         primer_longest=4, demos_steps=100, demos_batch=16, exercises=8, ppo_steps=20, ppo_batch=64,
         eval_every=10, eval_objectives=(1, 2), eval_episodes=32, valid_episodes=16),
     "gpu": dict(
-        out="runs/gpu", workers=12, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
+        out="runs/gpu", workers=8, play_batch=1024, n_layer=8, n_embd=512, n_head=8,
         primer_steps=4000, primer_batch=1024, primer_lr=1e-3, demos_steps=4000, demos_batch=512,
         demos_lr=5e-4, exercises=256, ppo_steps=200, ppo_batch=1024, ppo_lr=1e-4, eval_every=50,
         eval_objectives=(1, 2, 4, 8, 16, 32, 64), eval_episodes=1024, valid_episodes=256),
 }
 CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
                device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # that end a run
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # each ends a run
 LOST = 3  # exit code of a process that lost another one
-MAY_CHANGE = "out resume device nproc workers".split()  # on --resume
-# Else from 1 (integers) or 0 to a billion.
+MAY_CHANGE = "out resume device nproc workers play_batch micro_batch".split()  # on --resume
+# Flags not listed here: from 1 (integers) or 0 (floats) to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, micro_batch=0, exercises=0, around=0, ppo_steps=0,
               primer_longest=2, grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
+Stage = collections.namedtuple("Stage", "kind agent name base")  # base: the model it starts from
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
 
@@ -170,17 +172,17 @@ def train_stage(run, kind, agent, name, base):
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(step, steps, warmup=3 if kind == "ppo" else 50)
         if kind == "ppo":
-            row = ppo.update(learner, optimizer, reference, data, POLICIES[agent], cfg, step)
+            stats = ppo.update(learner, optimizer, reference, data, POLICIES[agent], cfg, step)
         else:
-            row = imitate(learner, optimizer, data, cfg)
+            stats = imitate(learner, optimizer, data, cfg)
         step += 1
-        row["tok_s"] = row.pop("tokens") / (time.perf_counter() - began)
+        stats["tok_s"] = stats.pop("tokens") / (time.perf_counter() - began)
 
         every = cfg.eval_every if kind == "ppo" else 25 * cfg.eval_every
         is_due = step % every == 0 or step == steps
         if is_due and agent:
-            row.update(validate(model, agent, cfg))
-        log(run, kind, agent, step, row)
+            stats.update(validate(model, agent, cfg))
+        log(run, kind, agent, step, stats)
         # All processes stop after the same step.
         stop = torch.tensor(run.signal, device=cfg.device)
         stop = int(ppo.all_reduce(stop, dist.ReduceOp.MAX))
@@ -280,7 +282,7 @@ def training_task(cfg, agent, stream, step, i):
     n = cfg.objectives[1]  # PPO: one size, or returns would vary mostly with n
     if stream == Stream.DEMOS:
         n = int(rng.integers(cfg.objectives[0], n + 1))
-    before, after = 0, 0
+    before, after = 0, 0  # at L = cfg.around = 4, 0.6 x 4/5 of the tasks begin in the middle
     if rng.random() < 0.6:
         before = int(rng.integers(cfg.around + 1))
     if rng.random() < 0.4:
@@ -346,22 +348,22 @@ class Run:
 
 
 def stages(cfg):
-    """The stages of a run: [(kind, agent, model that comes out, model it begins with), ...]."""
-    found = [("primer", None, "primer", None)]
+    """The stages of a run."""
+    found = [Stage("primer", None, "primer", None)]
     for agent in cfg.agents:
-        found.append(("demos", agent, f"{agent}-demos", "primer"))
+        found.append(Stage("demos", agent, f"{agent}-demos", "primer"))
         if cfg.ppo_steps:
-            found.append(("ppo", agent, agent, f"{agent}-demos"))
-    return [stage for stage in found if stage[0] == "ppo" or not cfg.start]
+            found.append(Stage("ppo", agent, agent, f"{agent}-demos"))
+    return [stage for stage in found if stage.kind == "ppo" or not cfg.start]
 
 
-def log(run, kind, agent, step, row):
+def log(run, kind, agent, step, stats):
     """Append a step to metrics.jsonl; print every step of PPO, else every 50th and the last."""
     minutes = (time.perf_counter() - run.started) / 60
-    row = dict(stage=kind, agent=agent, step=step, minutes=minutes, **row)
+    stats = dict(stage=kind, agent=agent, step=step, minutes=minutes, **stats)
     if rank() == 0:
         with open(run.log_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(stats) + "\n")
     steps = getattr(run.cfg, f"{kind}_steps")
     if kind != "ppo" and step % 50 and step < steps:
         return
@@ -371,12 +373,12 @@ def log(run, kind, agent, step, row):
                 "peak {peak:.0f} vs full {unpruned:.0f} ({times:.1f}x) | turns {turns:.1f} | "
                 "kl {kl:.3f} | ref {ref:.3f} | clip {clip:.0%} | ent {ent:.2f} | ev {ev:.2f} | "
                 "gap {gap:.0e}")
-        parts.append(form.format(**row, times=row["unpruned"] / row["peak"]))
+        parts.append(form.format(**stats, times=stats["unpruned"] / stats["peak"]))
     else:
-        parts.append(f"loss {row['loss']:.4f}")
-    parts += [f"{key} {row[key]:.2f}" for key in row if key.startswith("em@")]
+        parts.append(f"loss {stats['loss']:.4f}")
+    parts += [f"{key} {stats[key]:.2f}" for key in stats if key.startswith("em@")]
     eta = minutes_left(run.cfg, kind, agent, step, minutes)
-    print0(" | ".join([*parts, f"{row['tok_s'] / 1e3:.1f}k tok/s", f"eta {eta:.0f}m"]))
+    print0(" | ".join([*parts, f"{stats['tok_s'] / 1e3:.1f}k tok/s", f"eta {eta:.0f}m"]))
 
 
 def minutes_left(cfg, kind, agent, step, minutes):
@@ -385,9 +387,9 @@ def minutes_left(cfg, kind, agent, step, minutes):
     cost = dict(primer=0.5, demos=1.0, ppo=10.0)
     done, total = 0.0, 0.0
     for stage in stages(cfg):
-        if stage[:2] == (kind, agent):
+        if (stage.kind, stage.agent) == (kind, agent):
             done = total + cost[kind] * step
-        total += cost[stage[0]] * getattr(cfg, f"{stage[0]}_steps")
+        total += cost[stage.kind] * getattr(cfg, f"{stage.kind}_steps")
     return minutes * (total - done) / done
 
 
@@ -418,6 +420,7 @@ def print0(line):
     """Print, by the first process alone, above the progress bar."""
     if rank() == 0:
         tqdm.write(line)
+        sys.stdout.flush()  # or a log file lags behind, and os._exit() drops its end
 
 
 def resume_hint(cfg):
@@ -450,12 +453,13 @@ def locked(out):
 def train(cfg):
     """All stages from where the run stands, then the final table."""
     ENC.add(envs.world(cfg.env).extra_words)
+    # stage: name of the model in training; model: its weights so far
     state = dict(models={}, stage="", step=0, model=None, optimizer=None, seconds=0.0, log_bytes=0)
     if cfg.resume:
         state = load_checkpoint(cfg.out)
     elif cfg.start:
         imitated = load_checkpoint(cfg.start)["models"]
-        state["models"] = {base: imitated[base] for *_, base in stages(cfg)}
+        state["models"] = {stage.base: imitated[stage.base] for stage in stages(cfg)}
     models = state["models"]
     state.update(config=vars(cfg), commit=commit())
     run = Run(cfg, state, time.perf_counter() - state["seconds"])
@@ -466,14 +470,14 @@ def train(cfg):
         save(run)
 
     on_signal(run.stop_later)
-    for kind, agent, name, base in stages(cfg):
-        if name not in models:
-            train_stage(run, kind, agent, name, base)
+    for stage in stages(cfg):
+        if stage.name not in models:
+            train_stage(run, *stage)
 
     on_signal(lambda number, frame: sys.exit(128 + number))  # all is saved
     if run.signal:
         sys.exit(128 + run.signal)
-    trained = {name: models[name] for _, _, name, _ in stages(cfg)}
+    trained = {stage.name: models[stage.name] for stage in stages(cfg)}
     results = table(trained, cfg, methods(trained), cfg.eval_episodes, print0)
     minutes = (time.perf_counter() - run.started) / 60
     meta = dict(seed=cfg.seed, minutes=minutes, commit=state["commit"], torch=torch.__version__)
@@ -516,10 +520,15 @@ def configure(given):
     """A Config from the given fields. An error in one line if they are invalid."""
     cfg = Config(**{**PRESETS[given.get("preset", "cpu")], **given})
     require(cfg.out, "--out: expected a directory")
+    source = cfg.start
     if cfg.resume:
+        source = cfg.out
         for name in given:
             require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
-        config = load_checkpoint(cfg.out)["config"]
+    if source:
+        state = load_checkpoint(source)
+    if cfg.resume:
+        config = state["config"]
         require(set(config) == set(vars(cfg)), f"--out {cfg.out}: of another train.py")
         cfg = Config(**{**config, "out": cfg.out, **given})
     else:
@@ -544,11 +553,11 @@ def configure(given):
     check(cfg)
 
     # Do the models that the run goes on with fit?
-    if cfg.resume or cfg.start:
+    if source:
         ENC.add(envs.world(cfg.env).extra_words)
-        source = cfg.out if cfg.resume else cfg.start
-        models = load_checkpoint(source)["models"]
-        for name in models if cfg.resume else [base for *_, base in stages(cfg)]:
+        models = state["models"]
+        needed = models if cfg.resume else [stage.base for stage in stages(cfg)]
+        for name in needed:
             fits = name in models and models[name]["config"] == vars(gpt_config(cfg))
             require(fits, f"{source}: no {name} of this size, dtype and vocabulary")
     return cfg
@@ -557,14 +566,16 @@ def configure(given):
 def check(cfg):
     """Range and consistency checks beyond the flags' types. ValueError in one line."""
     for name, value in vars(cfg).items():
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for one in values:
             if type(one) in (int, float):
                 lowest = LOWEST.get(name, 1 if type(one) is int else 0)
                 highest = HIGHEST.get(name, 1e9)
                 require(lowest <= one <= highest,
                         f"{flag(name)} {one}: expected {lowest} to {highest:g}")
-        if name in "primer_batch demos_batch ppo_batch eval_episodes valid_episodes".split():
-            require(value >= cfg.nproc, f"{flag(name)} {value}: expected one per process or more")
+    for name in "primer_batch demos_batch ppo_batch eval_episodes valid_episodes".split():
+        value = getattr(cfg, name)
+        require(value >= cfg.nproc, f"{flag(name)} {value}: expected one per process or more")
     for name in "objectives", "hops":
         value = getattr(cfg, name)
         require(len(value) == 2 and value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2")
@@ -591,10 +602,10 @@ def launch(cfg, argv):
         torch.distributed.run.main(  # 120 seconds to finish and save
             ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120",
              f"--signals-to-handle={','.join(heeded)}", "--", __file__, *argv])
-    except SignalException as error:
+    except elastic.api.SignalException as error:
         on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
+    except elastic.errors.ChildFailedError as error:
         codes = sorted({failure.exitcode for failure in error.failures.values()})
         if 0 < codes[0] < LOST:
             sys.exit(codes[0])  # it has said why, and the launcher ended the others
@@ -617,10 +628,12 @@ def main(argv):
     try:
         with locked(cfg.out):
             train(cfg)
-    except (FloatingPointError, OSError) as error:
-        can_resume = isinstance(error, OSError) and Path(cfg.out).is_dir()
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        diverged = isinstance(error, FloatingPointError)  # in all processes
+        can_resume = not diverged and (Path(cfg.out) / "checkpoint.pt").exists()
         hint = f"; {resume_hint(cfg)}" if can_resume else ""
-        print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
+        if rank() == 0 or not diverged:
+            print(f"train.py: {error}{hint}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others
         sys.exit(1)
