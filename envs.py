@@ -52,10 +52,10 @@ _SYLLABLES = [c + v for c in "bdfgjklmnprstvz" for v in "aeiou"]
 _PAIRS = [a + b for a, b in itertools.permutations(_SYLLABLES, 2)]
 NAMES = np.random.default_rng(2506).permutation(_PAIRS)[:200].tolist()
 INDICES = [f"#{i}" for i in range(80)]  # more than the longest horizon to be tested
-COLONS = [":" * i for i in range(1, 6)]  # see asked()
+COLONS = [":" * i for i in range(1, 6)]  # see question_words()
 LIST = ";"  # begins the list of answers that an agent keeps
 STOP = "."  # ends the questions of a task
-SKILLS = "copy edit append recall fact note section".split()  # of the exercises, see primer()
+SKILLS = "copy edit append recall fact note section".split()  # see exercise_text()
 WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP]
 WORDS += ["left", "answer", "now", "nothing", "found"]
 
@@ -73,10 +73,10 @@ def words(text):
     return re.findall(rf"#?{WORD}", text.lower())
 
 
-def asked(subject, relations):
+def question_words(subject, relations):
     """A question as words, with a colon for each hop that is left; with none, just the answer.
 
-    >>> asked("milu", ["pupil", "neighbour"]), asked("veba", [])
+    >>> question_words("milu", ["pupil", "neighbour"]), question_words("veba", [])
     (['::', 'milu', 'pupil', 'neighbour'], ['veba'])
     """
     if not relations:
@@ -97,7 +97,7 @@ class Env:
     turns_per_hop = 1  # turns allowed per hop
     longest = len(INDICES)  # most objectives
     needs = {}  # flags that train.py must be given
-    extra_words = ()  # that are to be tokens, besides WORDS
+    extra_words = ()  # one token each, as those of WORDS
 
     def __init__(self, n_objectives, max_turns):
         self.n_objectives = n_objectives
@@ -114,7 +114,7 @@ class Env:
         """Answers {(index, answer), ...} that an <info> shows; none where no list is kept."""
         return set()
 
-    def mark(self, text):
+    def grade(self, text):
         """EM of an answer."""
         return score(text, self.golds)
 
@@ -136,7 +136,7 @@ class Env:
         self.done = True
         self.cause = {"answer": "answered", "query": "out of turns"}.get(kind, "malformed")
         if kind == "answer":
-            self.em = self.mark(text)
+            self.em = self.grade(text)
         return ""
 
 
@@ -158,7 +158,7 @@ class ComposedQA(Env):
 
         sections = []
         for index, (subject, relations, path) in zip(indices, questions):
-            sections += [index, *asked(subject, relations)]
+            sections += [index, *question_words(subject, relations)]
             self.paths[index] = path
         self.prompt = " " + " ".join([*sections, STOP])
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
@@ -202,7 +202,7 @@ class ComposedQA(Env):
         return oracle_notes(self.prompt, seen, fresh)
 
     def random_notes(self, seen, rng):
-        """The same with random notes."""
+        """As expert(), with random notes."""
         return random_notes(rng, seen, *self.expert(seen))
 
 
@@ -353,7 +353,7 @@ def oracle_notes(prompt, seen="", fresh=False):
         index, subject, relations, next_index = rest[0]
 
     noted = entries(new if fresh else answers)
-    state = [*found, LIST, noted, index, *asked(subject, relations), next_index]
+    state = [*found, LIST, noted, index, *question_words(subject, relations), next_index]
     return " ".join(filter(None, state)), "query", f"{subject} {relations[0]}"
 
 
@@ -415,21 +415,21 @@ def read_answers(seen):
 
 
 def entries(answers):
-    """`#64 jero #65 veba`"""
+    """{"#64": "jero", "#65": "veba"} -> `#64 jero #65 veba`"""
     return " ".join(f"{index} {answer}" for index, answer in answers.items())
 
 
 # --- Reading exercises
 
 
-def primer(rng, longest, more=()):
+def exercise_text(rng, longest, more=()):
     """One exercise in reading, on random words: (text, [(part, is_trained), ...]).
 
     What a pretrained language model can do and random weights cannot: copy a list, edit it while
     copying, look things up, pick any of several. Lists have 2 to `longest` items; `more` are words
     besides NAMES.
 
-    >>> primer(np.random.default_rng(54), 3)  # doctest: +NORMALIZE_WHITESPACE
+    >>> exercise_text(np.random.default_rng(54), 3)  # doctest: +NORMALIZE_WHITESPACE
     (' #17 :: gezo deputy rival #24 : ropu deputy . ; #17 bize #24 .',
      [(' append', False), (' ; #17 bize #24 : ropu deputy .', True), (' .', True)])
     """
@@ -447,7 +447,7 @@ def primer(rng, longest, more=()):
     pairs = [f"{key} {value}" for key, value in zip(keys, values)]
     sections = []  # questions, each up to and with the next index
     for next_index in [*keys[1:], STOP]:
-        question = asked(one_of(names), some_of(RELATIONS, rng.integers(1, 4)))
+        question = question_words(one_of(names), some_of(RELATIONS, rng.integers(1, 4)))
         sections.append(" ".join([*question, next_index]))
 
     target, lookups = [], []
@@ -460,13 +460,13 @@ def primer(rng, longest, more=()):
         answer = one_of(names)
         next_index = one_of([*INDICES, STOP])
         listed = [LIST, *pairs[:-1], keys[-1]]
-        text = [*listed, *asked(values[-1], chain), next_index, STOP, answer]
-        target = [([*listed, *asked(answer, chain[1:]), next_index], True)]
+        text = [*listed, *question_words(values[-1], chain), next_index, STOP, answer]
+        target = [([*listed, *question_words(answer, chain[1:]), next_index], True)]
     elif skill == "append":  # copy a list of pairs, and add the section that its last key names
-        some = rng.permutation(n)[: rng.integers(1, n + 1)]
-        listed = [LIST, *(pairs[i] for i in some[:-1]), keys[some[-1]]]
+        order = rng.permutation(n)[: rng.integers(1, n + 1)]
+        listed = [LIST, *(pairs[i] for i in order[:-1]), keys[order[-1]]]
         text = [keys[0], *sections, *listed, STOP]
-        target = [([*listed, sections[some[-1]]], True)]
+        target = [([*listed, sections[order[-1]]], True)]
     elif skill == "recall":  # the values of some keys
         text = pairs
         lookups = [(keys[i], values[i]) for i in rng.permutation(n)[:8]]

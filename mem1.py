@@ -270,7 +270,7 @@ def play_history(env, policy, first, rng=None):
 def exercise(cfg, step, i, longest):
     """One reading exercise, as a trajectory: its trained parts are what the turns wrote."""
     rng = keyed_rng(cfg.seed, Stream.PRIMER, step, i)
-    text, parts = envs.primer(rng, longest, envs.world(cfg.env).extra_words)
+    text, parts = envs.exercise_text(rng, longest, envs.world(cfg.env).extra_words)
     context = ENC.encode_ordinary(text)
     traj = Trajectory(None, context)
     for part, is_trained in parts:

@@ -82,7 +82,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                     old = old_logp[i]  # (m,)
                     logp, value, entropy = predict(model, rows)  # each (m,)
                     policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
-                    value_term = 0.5 * (value - ret[i]) ** 2  # (m,): no gradient beyond the head
+                    value_term = 0.5 * (value - ret[i]) ** 2  # (m,); no gradient beyond the head
                     backward((policy_term + value_term).sum() / n_tokens)
                 logp, entropy = logp.detach(), entropy.detach()
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree

@@ -389,7 +389,7 @@ def test_scores_equal_those_of_an_independent_scorer(golds, said):
 
 def test_what_an_exercise_looks_up_stands_in_its_text():
     for seed in range(300):
-        asked, ((skill, _), *parts, _) = envs.primer(default_rng(seed), 12)
+        asked, ((skill, _), *parts, _) = envs.exercise_text(default_rng(seed), 12)
         for (said, _), (kept, _) in zip(parts[::2], parts[1::2]):
             wanted = f"{kept}," if skill == " note" else said + kept  # a note: of any fact
             assert wanted in asked

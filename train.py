@@ -143,7 +143,7 @@ HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=
 def train_stage(run, kind, agent, name, base):
     """Train model `name` from where the run stands, beginning with the weights of `base`, if any.
 
-    Keeps the last weights: selecting by em@16 would tune on an untrained horizon.
+    Keeps the last weights, since choosing by em@16 would tune on an untrained horizon.
     """
     cfg, state = run.cfg, run.state
     steps, lr = getattr(cfg, f"{kind}_steps"), getattr(cfg, f"{kind}_lr")
@@ -603,7 +603,7 @@ def launch(cfg, argv):
             ["--standalone", f"--nproc-per-node={cfg.nproc}", "--shutdown-timeout=120",
              f"--signals-to-handle={','.join(heeded)}", "--", __file__, *argv])
     except elastic.api.SignalException as error:
-        on_signal(signal.SIG_IGN)  # all is saved: a second one would only interrupt the clean-up
+        on_signal(signal.SIG_IGN)  # all is saved; a second one would only interrupt the clean-up
         sys.exit(128 + error.sigval)
     except elastic.errors.ChildFailedError as error:
         codes = sorted({failure.exitcode for failure in error.failures.values()})

@@ -45,7 +45,7 @@ class World(ComposedQA):
         self.golds = [(add(self.start, sum(self.counts[: first + n])), "")]
         self.paths = {}  # no state holds a list of answers
 
-    def mark(self, text):
+    def grade(self, text):
         return self.n_objectives if words(text) == [self.golds[0][0]] else 0
 
     def expert(self, seen, fresh=False):

@@ -123,7 +123,7 @@ class World(Env):
         found = [index for index in self.shelf if hits[index]]
         return sorted(found, key=hits.get, reverse=True)  # reverse keeps the order of equals
 
-    def mark(self, text):
+    def grade(self, text):
         if self.open and words(text) == ["buy"]:
             return self.n_objectives * self.worth(self.open, self.chosen)
         return 0.0
