@@ -34,6 +34,7 @@ runs() {  # lines of name|script|flags
 012|slow|train.py|$from_demos --ppo-lr 1e-4 --ppo-steps 120
 012|L20|train.py|--agents mem1 --around 20
 01234|short|train.py|$imitate mem1 full --primer-longest 6
+012|short-L2|train.py|$imitate mem1 full --around 2 --primer-longest 4
 012|short-random|train.py|--agents mem1 --primer-longest 6
 012|L0|train.py|--agents mem1 --around 0
 012|count|train.py|--agents mem1 --env count --demos oracle --demos-steps 1600 --long-prompts 0.3 $far
