@@ -69,8 +69,8 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             batch = make_rows(trajs, cfg.micro_batch, which)
             reading = []
             if cfg.exercises:  # or reading skills erode
-                index = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
-                reading = make_rows(exercises(cfg, index), cfg.micro_batch)
+                number = cfg.demos_steps + (step * cfg.ppo_epochs + epoch) * cfg.ppo_minibatches + k
+                reading = make_rows(exercises(cfg, number), cfg.micro_batch)
             n_tokens, n_reading = token_count(batch, device), token_count(reading, device)
             final = (reading or batch)[-1]
             optimizer.zero_grad()
@@ -129,7 +129,8 @@ def clip_and_step(model, optimizer, grad_clip):
     FloatingPointError in all processes, before any weight changes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     if not np.isfinite(norm):
-        raise FloatingPointError("a gradient is not finite: try a lower --demos-lr or --ppo-lr")
+        raise FloatingPointError("a gradient is not finite: try a lower --primer-lr, --demos-lr "
+                                 "or --ppo-lr")
     optimizer.step()
     return norm
 
@@ -168,10 +169,10 @@ def minibatches(cfg, step, epoch):
     return [sorted(part.flatten().tolist()) for part in parts]
 
 
-def exercises(cfg, index):
+def exercises(cfg, number):
     """This process's reading exercises beside a batch. Batches of demonstrations are numbered
     first, then minibatches of PPO; keys continue from the primer, so that none repeats."""
-    key = cfg.primer_steps + index
+    key = cfg.primer_steps + number
     return [exercise(cfg, key, i, cfg.primer_longest) for i in share(cfg.exercises)]
 
 

@@ -642,20 +642,21 @@ def test_the_debug_preset_finds_memory_by_reward(tmp_path):
         assert np.mean(values[:3]) < before and np.mean(values[-3:]) > after
 
 
-def test_a_run_leaves_metrics_and_the_results_of_its_agents_greedy_and_sampled(finished):
+def test_a_run_leaves_metrics_and_the_results_of_its_agents_greedy_and_sampled(finished, capsys):
     steps = [(row["stage"], row["step"]) for row in logged(finished)]
     assert steps == [*itertools.product(("primer", "demos", "ppo"), (1, 2, 3, 4))]
     table = json.loads((finished / "results.json").read_text())
     assert [*table] == ["mem1-demos", "mem1-demos-sampled", "mem1", "mem1-sampled", "meta"]
-    cfg, models = evaluation.load_run(finished)
-    written = []
+    (cfg, models), written = evaluation.load_run(finished), []
     for name in "mem1", "mem1-sampled":
         agent, policy, is_sampled = evaluation.load_method(models, name, "cpu")
         trajs = evaluation.play(agent, policy, cfg, 1, range(3), Stream.TEST, is_sampled)
         assert table[name]["1"]["dependency"] == np.mean([traj.dependency for traj in trajs])
         written.append([traj.turns[0].written for traj in trajs])
     assert written[0] != written[1]
-    assert run(finished, "--show", 1, "--device", "cpu", main=evaluation.main) == (0, [])
+    flags = "--show 1 --objectives 1 2 --device cpu".split()
+    assert run(finished, *flags, main=evaluation.main) == (0, [])
+    assert capsys.readouterr().out.count("2 objectives\n") == 2  # of both agents
 
 
 def test_data_made_ahead_by_workers_that_get_a_signal_are_the_same(finished, tmp_path, monkeypatch):
@@ -749,8 +750,7 @@ def test_a_run_that_another_process_writes_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # means nothing without a launcher
     with train.locked(tmp_path):
         code, (line,) = run(*TINY, tmp_path)
-        assert code == 1 and line.endswith("another process is writing this run")
-        assert not list(tmp_path.glob("*.pt"))
+        assert code == 1 and "another process" in line and not list(tmp_path.glob("*.pt"))
     train.locked(tmp_path).close()  # control: now it is free
 
 

@@ -133,9 +133,9 @@ MAY_CHANGE = "out resume device nproc workers play_batch micro_batch".split()  #
 # Flags not listed here: from 1 (integers) or 0 (floats) to a billion.
 LOWEST = dict(seed=0, nproc=0, workers=0, micro_batch=0, exercises=0, around=0, ppo_steps=0,
               primer_longest=2, grad_clip=1e-9, primer_lr=1e-9, demos_lr=1e-9, ppo_lr=1e-9)
-Stage = collections.namedtuple("Stage", "kind agent name base")  # base: the model it starts from
 HIGHEST = dict(gamma=1, lam=1, clip=0.99, long_prompts=1, primer_lr=1, demos_lr=1, ppo_lr=1,
                primer_longest=len(envs.INDICES), hops=len(envs.COLONS), workers=4 * os.cpu_count())
+Stage = collections.namedtuple("Stage", "kind agent name base")  # base: the model it starts from
 
 # --- Training
 
