@@ -56,8 +56,8 @@ COLONS = [":" * i for i in range(1, 6)]  # see question_words()
 LIST = ";"  # begins the list of answers that an agent keeps
 STOP = "."  # ends the questions of a task
 SKILLS = "copy edit append recall fact note section".split()  # see exercise_text()
-WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP]
-WORDS += ["left", "answer", "now", "nothing", "found"]
+WORDS = [*NAMES, *RELATIONS, *INDICES, *SKILLS, *COLONS, LIST, STOP, "left", "answer", "now",
+         "nothing", "found"]
 
 DISTRACTORS = 2  # facts on the same subject that are not asked for
 TOP_K = 3  # facts that a search returns at most
@@ -154,7 +154,7 @@ class ComposedQA(Env):
         rng = np.random.default_rng(seed)
         first = int(rng.integers(len(INDICES) - n_objectives + 1))  # so training sees every index
         indices = INDICES[first : first + n_objectives]
-        questions, self.index = self.compose(indices, hops, rng)
+        questions, self.engine = self.compose(indices, hops, rng)
 
         sections = []
         for index, (subject, relations, path) in zip(indices, questions):
@@ -164,13 +164,13 @@ class ComposedQA(Env):
         self.golds = [(index, path[-1].split()[2]) for index, path in self.paths.items()]
 
     def compose(self, indices, hops, rng):
-        """The questions [(subject, relations, path), ...], and the search index."""
+        """The questions [(subject, relations, path), ...], and the search engine."""
         questions, facts = invent(indices, hops, rng)
         return questions, SearchIndex([(fact.split()[0], fact) for fact in facts])
 
     def search(self, query):
         """The facts that match a query best, as texts."""
-        return self.index.search(query)
+        return self.engine.search(query)
 
     def act(self, text):
         return ", ".join(self.search(text)) or "nothing found"
@@ -198,7 +198,7 @@ class ComposedQA(Env):
         self.paths = {index: self.paths[index] for index, _ in self.golds}
 
     def expert(self, seen, fresh=False):
-        """What the demonstrator would write: it sees what the agent sees, no more."""
+        """The demonstrator's turn (state, kind, text). It sees what the agent sees, no more."""
         return oracle_notes(self.prompt, seen, fresh)
 
     def random_notes(self, seen, rng):
@@ -314,7 +314,7 @@ def oracle_notes(prompt, seen="", fresh=False):
     own. Its state first says what was found, then updates a list: the answers so far, what
     is still open of the current question, and the index of the next question (or `.`). So nothing
     has to be counted, only looked up and copied. With nothing left to ask, or no turn left to ask
-    in, the list becomes the answer, and `.` takes its place in the state:
+    in (the open subject is then its guess), the list becomes the answer, and `.` replaces it:
 
         prompt   #64 : jelo pupil #65 :: milu pupil neighbour .
         turn 1   ; #64 : jelo pupil #65                                     query jelo pupil
@@ -362,8 +362,8 @@ def random_notes(rng, seen, state, kind, text):
 
     It searches, carries on its list and answers like oracle_notes(). But when it leaves a question,
     it notes a name picked at random from the facts in view, which is the answer one time in six.
-    (The last question goes straight into the answer, and is right.) So imitation teaches how to
-    note, but not what is worth noting: that is left to the reward.
+    (The last question goes straight into the answer, and is not random.) So imitation teaches how
+    to note, but not what is worth noting: that is left to the reward.
 
     >>> seen = ("<IS> ; #63 pali #64 : jelo pupil #65<query> jelo pupil<end>"
     ...         "<info> left=3 jelo heir veba, jelo pupil jero")
@@ -374,21 +374,21 @@ def random_notes(rng, seen, state, kind, text):
     'jelo pupil jero ; #63 pali #64 veba #65 : milu heir .'
     'jelo pupil jero ; #63 pali #64 jelo #65 : milu heir .'
     """
-    notes = read_answers(seen)
+    answers = read_answers(seen)
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
     info = ([""] + re.findall("<info>([^<]*)", seen))[-1]
     in_view = [word for word in words(info) if word in NAMES]
     if in_view and not question.startswith(f"{index} "):
-        notes[index] = str(rng.choice(in_view))
+        answers[index] = str(rng.choice(in_view))
     if kind == "query":
-        parts = [found.strip(), LIST, entries(notes), question]
+        parts = [found.strip(), LIST, entries(answers), question]
         return " ".join(filter(None, parts)), kind, text
-    answers = read_answers(text)  # what it has just found is in view
-    if index in answers:
-        notes[index] = answers[index]
-    return state, kind, entries(notes)
+    final = read_answers(text)  # what it has just found is in view
+    if index in final:
+        answers[index] = final[index]
+    return state, kind, entries(answers)
 
 
 def read_questions(text):

@@ -1,7 +1,7 @@
 """eval.py: how well the agents of a run do, at what memory cost, up to horizons never trained on.
 
     python eval.py runs/cpu                  # the trend: 1, 2, 4, 8, 16 objectives
-    python eval.py runs/cpu --show 2         # two episodes of each agent: what is kept, new, pruned
+    python eval.py runs/cpu --show 2         # two episodes of each agent: pruned, read, written
 
 Greedy decoding; a method named *-sampled samples at temperature 1, as PPO does. Test episodes come
 from keys that no training and no validation episode has. A cell has at most 4096 questions, so at
@@ -32,7 +32,7 @@ from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_context
 from model import GPT, GPTConfig
 
 SEED = 1  # of validation and test episodes; those of seed 0 were seen while settings were chosen
-MOST_QUESTIONS = 4096  # questions in a cell of the table
+CELL_QUESTIONS = 4096  # questions in a cell of the table
 
 # What is in a checkpoint.
 CHECKPOINT = "config commit stage step models model optimizer seconds log_bytes".split()
@@ -47,8 +47,8 @@ def load_checkpoint(out):
         with zipfile.ZipFile(path) as file:  # torch.load does not verify checksums
             require(file.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        require(set(state) == set(CHECKPOINT), "it has other contents")
-    except Exception as error:  # what is in a foreign file may raise anything
+        require(set(state) == set(CHECKPOINT), "unexpected contents")
+    except Exception as error:  # unpickling a foreign file may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is not an intact checkpoint of this code: {reason}")
     return state
@@ -61,7 +61,7 @@ def require(condition, message):
 
 
 def load_run(out):
-    """(settings, models) of a run. ValueError in one line."""
+    """(settings, models) of a run, whose words ENC gets. ValueError in one line."""
     state = load_checkpoint(out)
     cfg = SimpleNamespace(**state["config"])
     ENC.add(envs.world(cfg.env).extra_words)
@@ -87,7 +87,7 @@ def play(model, policy, cfg, n_objectives, which, split, sampled=False):
 
 
 def measure(model, policy, cfg, n_objectives, episodes, split, sampled=False):
-    """Means over the episodes, shared among the processes; the top of this file explains each."""
+    """Means over episodes split among the processes; the top of this file explains each."""
     stats = []
     for traj in play(model, policy, cfg, n_objectives, ppo.share(episodes), split, sampled):
         turns, env = traj.turns, traj.env
@@ -133,7 +133,7 @@ def table(models, cfg, chosen, episodes, log):
         model, policy, sampled = load_method(models, name, cfg.device)
         results[name] = {}
         for n in cfg.eval_objectives:
-            n_episodes = min(episodes, MOST_QUESTIONS // n)
+            n_episodes = min(episodes, CELL_QUESTIONS // n)
             r = measure(model, policy, cfg, n, n_episodes, Stream.TEST, sampled)
             results[name][str(n)] = r
             log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
@@ -172,21 +172,21 @@ def show_change(models, cfg):
 
 
 def show(traj, policy):
-    """Print an episode turn by turn: `-` pruned since the last turn, `=` kept, `+` written now."""
+    """Print an episode turn by turn: `-` pruned since the last turn, `=` read, `+` written now."""
     print(f"task   {ENC.decode(traj.prompt)}")
     before = []
     for t, turn in enumerate(traj.turns):
-        kept = visible_context(traj.env, policy, traj.turns[:t])
+        read = visible_context(traj.env, policy, traj.turns[:t])
         pruned = []
-        for op, a, b, _, _ in difflib.SequenceMatcher(None, before, kept, False).get_opcodes():
+        for op, a, b, _, _ in difflib.SequenceMatcher(None, before, read, False).get_opcodes():
             if op != "equal":
                 pruned += before[a:b]
         print(f"turn {t + 1}")
         now = [IS, *turn.written]
-        for mark, ids in ("-", pruned), ("=", kept), ("+", now):
+        for mark, ids in ("-", pruned), ("=", read), ("+", now):
             if ids:
                 print(f"     {mark} {ENC.decode(ids)}")
-        before = kept + now + turn.info
+        before = read + now + turn.info
     env = traj.env
     golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
     print(f"       {env.cause}; the right answer is {golds}: em {env.em}/{env.n_objectives}, "

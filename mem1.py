@@ -1,4 +1,4 @@
-"""mem1.py: an agent that works through long tasks in constant memory (MEM1, arXiv 2506.15841).
+"""mem1.py: an agent that rewrites its memory at every turn (MEM1, arXiv 2506.15841).
 
 Most agents append every turn to their context. A MEM1 agent rewrites one compact internal state,
 <IS>, at every turn. Of the past, the next turn sees only that state, the last query and its result:
@@ -18,9 +18,9 @@ An environment (envs.py) has a prompt; step(kind, text), which returns text afte
 how many of its n_objectives were answered right. An answer ends the episode; so does, unrewarded,
 anything malformed, or a query in the last turn. A task may be a piece of a longer one: its prompt
 has n_questions, the agent answers n_objectives of them, and history holds the turns that a scripted
-demonstrator has played before. Agents first imitate the demonstrator: expert() gives its next turn
-with oracle notes (the right answers), random_notes() with random ones. answers_shown() is for
-memory_recall().
+demonstrator has played before. Agents first imitate the demonstrator: env.expert() gives its next
+turn with oracle notes (the right answers), env.random_notes() with random ones. answers_shown() is
+for memory_recall().
 
 Differs from the paper (sec. 3.3) and its released code:
 1) the paper stitches one copy of every token into a row and hides what is pruned with a 2-D mask.
@@ -112,7 +112,7 @@ class Turn:
     written: list  # what it wrote then: its state, <query> ... or <answer> ..., <end>
     info: list = field(default_factory=list)  # <info> ..., the reply; empty after the last turn
     logp: list = field(default_factory=list)  # of each written token, as it was sampled
-    value: list = field(default_factory=list)  # at the position that predicts it
+    value: list = field(default_factory=list)  # the critic's estimate before each token
 
     @property
     def state(self):
@@ -348,14 +348,14 @@ def rollout_batch(model, trajs, policy, rngs):
         traj.seconds = seconds
 
 
-def feed(model, cache, contexts):
-    """Append ids to each row of the cache; returns the hidden states after the last ones (B, C)."""
+def feed(model, cache, new):
+    """Append new ids to each row of the cache. Returns the hidden states (B, C) after the last."""
     device = model.emb.weight.device
-    ids = padded(contexts).to(device)  # (B, T)
-    n = torch.tensor([len(context) for context in contexts], device=device)  # (B,)
+    ids = padded(new).to(device)  # (B, T)
+    n = torch.tensor([len(row) for row in new], device=device)  # (B,)
     cache.reserve(ids.size(1), n)
     x = model(ids, cache)  # (B, T, C)
-    return x[torch.arange(len(contexts), device=device), n - 1]  # (B, C)
+    return x[torch.arange(len(new), device=device), n - 1]  # (B, C)
 
 
 def padded(sequences):
@@ -441,7 +441,7 @@ class Rows:
     """
     ids: torch.Tensor  # (B, T)
     loss_mask: torch.Tensor  # (B, T) bool: True where the agent chose the token, in this row
-    index: torch.Tensor  # (m,) place of each trained token among all M of the trajectories
+    place: torch.Tensor  # (m,) of each trained token among all M of the trajectories
 
     def to(self, device):
         return type(self)(*[part.to(device) for part in vars(self).values()])
@@ -464,7 +464,7 @@ def make_rows(trajs, budget=8192, which=None):
     """Trajectories as a list of Rows of at most `budget` tokens, padding included; a longer row
     goes alone.
 
-    which: only these trajectories; `index` still counts the trained tokens of all. Every trained
+    which: only these trajectories; `place` still counts the trained tokens of all. Every trained
     token is in exactly one of the Rows. With nothing to train there is one row without loss, so
     that a process with no work still joins the all-reduce of DDP.
     """
@@ -486,8 +486,8 @@ def make_rows(trajs, budget=8192, which=None):
     batch = []
     for group in groups:
         ids, loss_mask, starts = zip(*group)
-        index = [torch.arange(sum(trained)) + start for trained, start in zip(loss_mask, starts)]
-        batch.append(Rows(padded(ids), padded(loss_mask), torch.cat(index)))  # (B, T) twice, (m,)
+        place = [torch.arange(sum(trained)) + start for trained, start in zip(loss_mask, starts)]
+        batch.append(Rows(padded(ids), padded(loss_mask), torch.cat(place)))  # (B, T) twice, (m,)
     return batch
 
 

@@ -61,8 +61,8 @@ class GPT(nn.Module):
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             x = self.ln_in(self.emb(ids))  # (B, T, C)
-            for i, block in enumerate(self.blocks):
-                x = block(x, cache, i)  # (B, T, C)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache, layer)  # (B, T, C)
             return self.ln_out(x)  # (B, T, C)
 
     def logits(self, x):
@@ -106,7 +106,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.gate.weight)
         self.gate.bias.data = torch.linspace(4, 10, self.n_head)
 
-    def forward(self, x, cache, i):
+    def forward(self, x, cache, layer):
         T, C = x.shape[1:]
         normed = self.ln_1(x)  # (B, T, C)
         h, v = self.qkv(normed).split((2 * C, C), dim=2)  # (B, T, 2C), (B, T, C)
@@ -114,7 +114,7 @@ class Block(nn.Module):
         if cache is None:
             wide = F.pad(h, (0, 0, WIDTH - 1, 0))  # (B, 3+T, 2C)
         else:
-            wide, clock = cache.extend(i, h, clock)  # (B, 3+T, 2C), (B, T, nh)
+            wide, clock = cache.extend(layer, h, clock)  # (B, 3+T, 2C), (B, T, nh)
         qk = wide[:, :T] * self.taps[0]  # (B, T, 2C)
         for j in range(1, WIDTH):
             qk = torch.addcmul(qk, wide[:, j : j + T], self.taps[j])  # (B, T, 2C)
@@ -124,7 +124,7 @@ class Block(nn.Module):
         q, k = with_age(q, k, clock)
         attn_mask = None  # which keys a token may attend to; None: its own and those before it
         if cache is not None:
-            k, v, attn_mask = cache.append(i, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
+            k, v, attn_mask = cache.append(layer, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
@@ -168,8 +168,8 @@ class Cache:
         # Of the last three tokens: inputs of the convolution (2C) and clocks (nh), in each layer.
         self.tail = weight.new_zeros(config.n_layer, B, WIDTH - 1, 2 * C + nh)
         self.n = weight.new_zeros(B, dtype=torch.long)  # (B,)
-        self.B = B  # the first B rows are in use
-        self.rows = B  # the first `rows` rows may be used again
+        self.B = B  # the first rows: episodes that still write in this turn
+        self.rows = B  # the first rows: all episodes that have not ended
         self.longest = 0  # upper bound on the row lengths
 
     def keep_prompt(self):
@@ -221,20 +221,20 @@ class Cache:
         self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += n
 
-    def extend(self, i, h, clock):
+    def extend(self, layer, h, clock):
         """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
         which began at 0, from where the last one stopped."""
-        tail, width = self.tail[i, : self.B], h.size(2)
+        tail, width = self.tail[layer, : self.B], h.size(2)
         clock = clock + tail[:, -1:, width:]  # (B, T, nh)
         wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
         last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
-        self.tail[i, : self.B] = wide.gather(1, last)
+        self.tail[layer, : self.B] = wide.gather(1, last)
         return wide[..., :width], clock
 
-    def append(self, i, k, v):
-        """Write k, v (B, nh, T, hs) of layer i. Returns what is to be attended to: all keys, all
+    def append(self, layer, k, v):
+        """Write k, v (B, nh, T, hs) of a layer. Returns what is to be attended to: all keys, all
         values (B, nh, L, hs), and which of them each new token sees (B, 1, T, L)."""
-        kv = self.kv[i, : self.B]  # (B, 2, nh, slots, hs)
+        kv = self.kv[layer, : self.B]  # (B, 2, nh, slots, hs)
         row = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         new = torch.stack([k, v], 1).to(kv.dtype)  # (B, 2, nh, T, hs)
         kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)  # (B, T, nh, 2, hs)

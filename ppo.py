@@ -34,7 +34,10 @@ from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout,
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
-    """One PPO iteration on this process's `environments`. Returns what to log."""
+    """One PPO iteration on this process's `environments`. Returns what to log.
+
+    reference: the imitated model, frozen; policy: the context policy.
+    """
     raw = getattr(model, "module", model)  # without its DDP wrapper
     weight = raw.emb.weight  # the tensors made below have its dtype and device
     device = weight.device
@@ -52,7 +55,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
     with torch.no_grad():
         for rows in make_rows(trajs, cfg.micro_batch):
             rows = rows.to(device)
-            ref_logp[rows.index] = predict(reference, rows)[0]
+            ref_logp[rows.place] = predict(reference, rows)[0]
     reward = weight.new_tensor([r for traj in trajs for r in turn_rewards(traj)])  # (J,)
     turn_ends = segment_ends([len(turn.written) for turn in turns], device)  # (M,)
     episode_ends = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
@@ -78,7 +81,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             for rows in batch:
                 with no_sync(model, unless=rows is final):
                     rows = rows.to(device)
-                    i = rows.index  # (m,)
+                    i = rows.place  # (m,)
                     old = old_logp[i]  # (m,)
                     logp, value, entropy = predict(model, rows)  # each (m,)
                     policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
@@ -89,7 +92,7 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                     gap = torch.cat([(logp - old).abs(), gap[None]]).max()
                 kl = approx_kl(logp, old)  # (m,)
                 to_ref = old - ref_logp[i]  # (m,)
-                clipped = (((logp - old).exp() - 1).abs() > cfg.clip).to(kl)  # (m,)
+                clipped = ((logp - old).expm1().abs() > cfg.clip).to(kl)  # (m,)
                 sums += torch.stack([torch.ones_like(kl), kl, to_ref, clipped, entropy]).sum(1)
 
             for rows in reading:
@@ -316,4 +319,4 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
 
 def token_count(batch, device):
     """Trained tokens in the Rows of all processes: what a sum of losses is divided by."""
-    return all_reduce(torch.tensor(float(sum(len(rows.index) for rows in batch)), device=device))
+    return all_reduce(torch.tensor(float(sum(len(rows.place) for rows in batch)), device=device))

@@ -113,7 +113,7 @@ def acted(trajs):
 def learned(gpt, trajs, **kwargs):
     """What the learner says, with gradients: logp, value, entropy of all trained tokens, (3, M)."""
     batch = make_rows(trajs, **kwargs)
-    index = cat([rows.index for rows in batch])
+    index = cat([rows.place for rows in batch])
     return cat([stack(predict(gpt, rows)) for rows in batch], 1)[:, index.argsort()]
 
 
@@ -199,7 +199,7 @@ def test_rows_show_each_token_its_context_and_train_it_once(policy, turns, seed)
     trajs = play(talkative(), policy, turns, seed)
     shown = {}
     for rows in make_rows(trajs, 64):
-        for (b, t), place in zip(rows.loss_mask.nonzero().tolist(), rows.index.tolist()):
+        for (b, t), place in zip(rows.loss_mask.nonzero().tolist(), rows.place.tolist()):
             assert place not in shown
             shown[place] = rows.ids[b, :t].tolist(), rows.ids[b, t].item()
     want = [pair for traj in trajs for pair in contexts(traj, policy)]

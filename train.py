@@ -1,4 +1,4 @@
-"""train.py: teach a small GPT to work in constant memory: reading, imitation, reinforcement.
+"""train.py: teach a small GPT to rewrite its memory: reading, imitation, reinforcement.
 
     python train.py                              # laptop: two agents, then the paper's trend
     python train.py --preset debug               # the smallest task, within a minute
@@ -72,7 +72,7 @@ class Config:
     env: str = "qa"  # qa, or a world of experiments/: web, count, shop, cue
     objectives: tuple = (1, 2)  # fewest and most in demonstrations; PPO uses the most
     hops: tuple = (1, 2)  # fewest and most relations in a question
-    around: int = 4  # most questions before the agent's own, and usually after; 0: whole tasks
+    around: int = 4  # L: most questions before the agent's own, and usually after; 0: whole tasks
     most_questions: int = 64  # in a training prompt; also sets the largest turn budget
     long_prompts: float = 0.1  # share of training tasks with any number of questions in the prompt
     # model
@@ -107,9 +107,9 @@ class Config:
     micro_batch: int = 0  # tokens per forward pass; 0: 1024 (fits a CPU's cache), on a GPU 65536.
     #                       Out of memory: --resume with less of this or of play_batch
     # evaluation
-    eval_every: int = 20  # ppo steps between validations and checkpoints; elsewhere times 25
+    eval_every: int = 20  # PPO steps between validations, checkpoints; other stages: times 25
     eval_objectives: tuple = (1, 2, 4, 8, 16)  # horizons tested
-    eval_episodes: int = 128  # per cell of the final table; eval.MOST_QUESTIONS may lower it
+    eval_episodes: int = 128  # per cell of the final table; eval.CELL_QUESTIONS may lower it
     valid_episodes: int = 64  # per validation
 
 
@@ -296,12 +296,12 @@ def training_task(cfg, agent, stream, step, i):
     # in some demonstrations less, to show what to do then; often more, to show every "left=".
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
-    done = sum(needed[:before])
+    played = sum(needed[:before])  # turns
     draw = rng.random()
     if after:
-        env.max_turns = done + sum(needed[before : before + n]) + 1
+        env.max_turns = played + sum(needed[before : before + n]) + 1
     elif draw < 0.3 and stream == Stream.DEMOS:
-        env.max_turns = done + int(rng.integers(2, max(3, env.max_turns - done)))
+        env.max_turns = played + int(rng.integers(2, max(3, env.max_turns - played)))
     elif draw < 0.6:
         largest = max(env.max_turns, cfg.hops[1] * cfg.most_questions + 2)
         env.max_turns = int(rng.integers(env.max_turns, largest + 1))
@@ -424,7 +424,7 @@ def print0(line):
 
 
 def resume_hint(cfg):
-    """The end of a message about a run that stopped."""
+    """How to continue a run that stopped."""
     return f"to continue: python train.py --out {shlex.quote(cfg.out)} --resume"
 
 
@@ -524,12 +524,12 @@ def configure(given):
     if cfg.resume:
         source = cfg.out
         for name in given:
-            require(name in MAY_CHANGE, f"{flag(name)}: a run goes on as it began; drop the flag")
+            require(name in MAY_CHANGE, f"{flag(name)}: cannot change on --resume; drop the flag")
     if source:
         state = load_checkpoint(source)
     if cfg.resume:
         config = state["config"]
-        require(set(config) == set(vars(cfg)), f"--out {cfg.out}: of another train.py")
+        require(set(config) == set(vars(cfg)), f"--out {cfg.out}: saved by another train.py")
         cfg = Config(**{**config, "out": cfg.out, **given})
     else:
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
@@ -552,7 +552,7 @@ def configure(given):
         require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
     check(cfg)
 
-    # Do the models that the run goes on with fit?
+    # Do the models to continue from fit?
     if source:
         ENC.add(envs.world(cfg.env).extra_words)
         models = state["models"]
@@ -596,7 +596,7 @@ def check(cfg):
 def launch(cfg, argv):
     """Run this script in cfg.nproc processes by torch's own launcher."""
     logging.disable()  # the messages below are enough
-    # The launcher would handle ignored signals as well.
+    # The launcher would handle even ignored signals.
     heeded = [number.name for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     try:
         torch.distributed.run.main(  # 120 seconds to finish and save

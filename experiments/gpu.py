@@ -102,7 +102,7 @@ def learner_logp(model, trajs):
     """logp (M,) of all trained tokens, float64, on the CPU."""
     batch = make_rows(trajs)
     device = model.emb.weight.device
-    order = torch.cat([rows.index for rows in batch]).argsort()
+    order = torch.cat([rows.place for rows in batch]).argsort()
     return torch.cat([predict(model, rows.to(device))[0].double().cpu() for rows in batch])[order]
 
 

@@ -203,7 +203,7 @@ def learned(model, name, trajs):
     n = sum(traj.n_trained for traj in trajs)
     logp = torch.zeros(n, dtype=model.emb.weight.dtype)  # (M,)
     for rows in layout_rows(name, trajs):
-        logp[rows.index] = layout_predict(model, rows)[0]
+        logp[rows.place] = layout_predict(model, rows)[0]
     return logp
 
 

@@ -49,7 +49,7 @@ def test_examples_in_docstrings_are_right():
 
 def test_the_search_tool_ranks_as_a_slow_bm25_does():
     env = envs.ComposedQA(8, (2, 2), seed=5)
-    texts = env.index.texts
+    texts = env.engine.texts
     pages = [[fact.split()[0], *fact.split()] for fact in texts]  # the title counts twice
 
     def score(page, word):
@@ -93,7 +93,7 @@ def test_no_action_crashes_a_world(name, first, second, n, kind):
 
 
 def test_the_web_is_shared_and_asks_for_second_tries_and_opened_pages():
-    assert make("web", 4, 1).index is make("web", 4, 2).index
+    assert make("web", 4, 1).engine is make("web", 4, 2).engine
     episodes = "".join(turn for seed in range(20) for turn in play(make("web", 4, seed)))
     assert min(episodes.count("nothing found"), episodes.count("<query> page")) > 5
 

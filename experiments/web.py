@@ -20,7 +20,7 @@ class KnowledgeBase:
     def __init__(self, known, pages):
         self.known = known
         self.subjects = sorted(known)
-        self.index = SearchIndex(pages)
+        self.engine = SearchIndex(pages)
 
     def draw(self, n, hops, rng):
         """n random questions [(subject, relations, path), ...], on different subjects."""
@@ -78,7 +78,7 @@ class World(ComposedQA):
         self.tried = set()
 
     def compose(self, indices, hops, rng):
-        return corpus().draw(len(indices), hops, rng), corpus().index
+        return corpus().draw(len(indices), hops, rng), corpus().engine
 
     def expert(self, seen, fresh=False):
         """The demonstrator, who opens a page if a search says to."""
