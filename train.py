@@ -127,6 +127,7 @@ PRESETS = {
 }
 CHOICES = dict(preset=[*PRESETS], agents=[*POLICIES], demos=["random", "oracle"],
                device=["auto", "cpu", "cuda"], dtype=["auto", "float32", "bfloat16"])
+COMMAND = "train.py"  # to resume by; experiments/ set their own
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # each ends a run
 LOST = 3  # exit code of a process that lost another one
 MAY_CHANGE = "out resume device nproc workers play_batch micro_batch".split()  # on --resume
@@ -425,7 +426,7 @@ def print0(line):
 
 def resume_hint(cfg):
     """How to continue a run that stopped."""
-    return f"to continue: python train.py --out {shlex.quote(cfg.out)} --resume"
+    return f"to continue: python {COMMAND} --out {shlex.quote(cfg.out)} --resume"
 
 
 def commit():

@@ -1,4 +1,4 @@
-"""count.py: how many of the answers are this one? A state of constant size is enough.
+"""count.py: how many of the answers are a given name? A state of constant size is enough.
 
     python train.py --env count --demos oracle --out runs/count
 """

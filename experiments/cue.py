@@ -3,11 +3,23 @@
     python train.py --preset debug
 
 Every search shows one word, and all are due at the end. So each has to be noted down before the
-next one replaces it in view:
+next one replaces it in view. The demonstrator's episode (- pruned, = read, + written):
 
-    turn 1   <IS> <query> <end>                      <info> left=3 #0 heir
-    turn 2   <IS> #0 heir <query> <end>              <info> left=2 #1 ally .
-    turn 3   <IS> . <answer> #0 heir #1 ally <end>
+    >>> from eval import show
+    >>> from mem1 import expert_rollout, keep_last
+    >>> show(expert_rollout(World(2, seed=[1]), keep_last), keep_last)
+    task   <task> .
+    turn 1
+         + <IS><query><end>
+    turn 2
+         = <IS><query><end><info> left=3 #0 rival
+         + <IS> #0 rival<query><end>
+    turn 3
+         - <IS><query><end><info> left=3 #0 rival
+         = <IS> #0 rival<query><end><info> left=2 #1 mentor .
+         + <IS> .<answer> #0 rival #1 mentor<end>
+           answered; the right answer is #0 rival #1 mentor: em 2/2, peak 20 tokens
+    <BLANKLINE>
 """
 import numpy as np
 
@@ -17,14 +29,7 @@ CUES = RELATIONS[:4]
 
 
 class World(Env):
-    """N words, shown one by one.
-
-    >>> env = World(2, seed=[1])
-    >>> env.step("query", ""), env.step("query", "")
-    (' left=3 #0 rival', ' left=2 #1 mentor .')
-    >>> env.expert("<IS> #0 rival<query><end><info> left=2 #1 mentor .")
-    ('.', 'answer', '#0 rival #1 mentor')
-    """
+    """N words, shown one by one."""
 
     needs = {"around": 0}
 

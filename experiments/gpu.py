@@ -5,11 +5,10 @@
 
 Sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens of the same
 episodes the same log-probability: the largest difference in nats, and the share of ratios outside
-1/1.2 to 1.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
+0.8 to 1.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
 --dtype float32 and without.
 """
 import argparse
-import math
 import sys
 import time
 import traceback
@@ -23,27 +22,24 @@ import torch
 from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, turn_cap
 from model import GPT, GPTConfig
 
-SIZES = {"0.5M": (4, 4, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
+SIZES = {"0.5M": (4, 2, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
 GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metronome; its turns
 
 
 class Metronome:
     """An environment that takes any text and replies with 24 tokens: all lengths are fixed."""
-    em, done = 0, False
+    done = False
 
     def __init__(self):
         self.left, self.history = TURNS, []
         self.prompt = " jelo" * 63
-        self.n_objectives, self.n_questions = 1, 0
+        self.n_questions = 0
         assert turn_cap(self) == WRITTEN, "nothing but the cap may end a turn"
 
     def step(self, kind, text):
         self.left -= 1
         self.done = self.left == 0
         return " jelo" * (GIVEN - 1)
-
-    def answers_shown(self, query, info):
-        return set()
 
 
 class Endless(GPT):
@@ -88,12 +84,12 @@ def exact(args):
                 trajs = rollout(model, worlds, POLICIES[policy], rngs)
                 acted = [x for traj in trajs for turn in traj.turns for x in turn.logp]
                 acted = torch.tensor(acted, dtype=torch.float64)
-                off = (learner_logp(model, trajs) - acted).abs()
+                off = learner_logp(model, trajs) - acted
                 cpu = learner_logp(random_agent(size, "cpu").double(), trajs)
                 found[f"{size} {policy} {kind}"] = (
-                    f"sampler to learner {off.max():.1e}, "
+                    f"sampler to learner {off.abs().max():.1e}, "
                     f"to the CPU {(cpu - acted).abs().max():.1e}, "
-                    f"outside the clip {(off > math.log(1.2)).double().mean():.2%}")
+                    f"outside the clip {(off.expm1().abs() > 0.2).double().mean():.2%}")
     return found
 
 

@@ -4,10 +4,10 @@
     python experiments/gpu_speed.py --device cpu --quick    # at the smallest size: does it run?
 
     sizes      tokens a second of sampling and learning in bfloat16, for models of 0.5M, 25M and
-               124M weights and 64 to 4096 episodes side by side; the learner's share of the
-               measured peak of products
-    decoding   one token in every row: on one row there is nothing but launching kernels; what
-               reading weights and cache would take alone; the same step replayed as a CUDA graph
+               124M weights and 64 to 4096 episodes side by side; the learner's MFU, against the
+               measured peak of a matmul
+    decoding   one token in every row (one row: all of it is launching kernels); the time to read
+               weights and cache alone; the same step replayed as a CUDA graph
 """
 import math
 import sys
@@ -54,7 +54,7 @@ def new_model(size, device, kind=GPT):
 
 
 def peaks(args):
-    """(operations a second of a product in bfloat16, bytes a second of a copy)."""
+    """(FLOP/s of a bfloat16 matmul, bytes a second of a copy)."""
     n, m = (512, 2**22) if args.quick else (8192, 2**28)
     a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16)
     c = torch.randn(m, device=args.device)
@@ -64,7 +64,7 @@ def peaks(args):
 
 def sizes(args):
     product, copy = peaks(args)
-    found = {"peak": f"{product / 1e12:.2f} TFLOP/s in products, {copy / 1e12:.2f} TB/s in a copy"}
+    found = {"peak": f"{product / 1e12:.2f} TFLOP/s in a matmul, {copy / 1e12:.2f} TB/s in a copy"}
     for size in ["0.5M"] if args.quick else SIZES:
         for episodes in [4] if args.quick else [64, 256, 1024, 4096]:
             model = new_model(size, args.device, Endless)

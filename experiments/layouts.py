@@ -2,8 +2,8 @@
 
     python experiments/layouts.py             # random weights, on episodes of the demonstrator
     python experiments/layouts.py runs/cpu    # the trained mem1 agent of a run, on its own episodes
-    python experiments/layouts.py runs/cpu --json
     python experiments/layouts.py --train stitched --start runs/cpu --agents mem1 --out runs/stitch
+    python experiments/layouts.py --train stitched --out runs/stitch --resume
 
 `exact` is ours: one row a turn (mem1.py). `stitched` is the paper's: one copy of every token in one
 row, under a 2-D mask. `released` is what the mask of the published code would be, were it applied.
@@ -12,11 +12,10 @@ All three are given the same episodes, from seeds that nothing is trained on.
     mean_nats  how far a trained token's log-probability is from the one that it was sampled with
     max_nats   the same of the worst token
 
-The last command is PPO under a layout, from the imitated agent of a run, in one process: old
+The last two are PPO under a layout, from the imitated agent of a run, in one process: old
 log-probabilities are recomputed by the learner, as in the published code, so PPO's ratio begins at
 1. It takes all flags of train.py.
 """
-import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import mem1
 import ppo
 import train
 from envs import Stream, keyed_rng
-from eval import load_model, load_run
+from eval import Parser, load_model, load_run
 from mem1 import ENC, IS, TAG_IDS, expert_rollout, keep_last, make_rows, predict, rollout
 from model import WIDTH, GPT, GPTConfig
 
@@ -84,24 +83,27 @@ def stitched(traj, released=False):
                   (t, "action", turn.written[n:], mine)]
         if turn is not traj.turns[-1]:
             parts.append((t, "info", turn.info, False))
-    ids = [token for _, _, some, _ in parts for token in some]
-    loss_mask = [trained for _, _, some, trained in parts for _ in some]
-    turn = np.array([t for t, _, some, _ in parts for _ in some])
-    kind = np.array([name for _, name, some, _ in parts for _ in some])
-    ago = turn[:, None] - turn  # turns between the reader and what it reads
-    see = np.tri(len(turn), dtype=bool) & ((kind == "prompt") | (ago <= 1))
+    number, kind, ids, loss_mask = [], [], [], []  # of each token; number: of its turn
+    for t, name, tokens, trained in parts:
+        ids += tokens
+        number += [t] * len(tokens)
+        kind += [name] * len(tokens)
+        loss_mask += [trained] * len(tokens)
+    number, kind = np.array(number), np.array(kind)
+    ago = number[:, None] - number  # turns between the reader and what it reads
+    attn_mask = np.tri(len(ids), dtype=bool) & ((kind == "prompt") | (ago <= 1))
     if released:
-        see &= (ago == 0) | (kind != "state")
-        see &= (kind[:, None] != "info") | ((ago == 0) & (kind == "info"))
-    return ids, loss_mask, see
+        attn_mask &= (ago == 0) | (kind != "state")
+        attn_mask &= (kind[:, None] != "info") | ((ago == 0) & (kind == "info"))
+    return ids, loss_mask, attn_mask
 
 
 def picture(layout):
     """A layout as text, one row per token."""
-    ids, loss_mask, see = layout
+    ids, loss_mask, attn_mask = layout
     names = ["TSQAIE"[TAG_IDS.index(token)] for token in ids]
     lines = ["  " + " ".join(names)]
-    for name, row, trained in zip(names, see, loss_mask):
+    for name, row, trained in zip(names, attn_mask, loss_mask):
         cells = ["1" if x else "." for x in row]
         lines.append(" ".join([name, *cells] + (["*"] if trained else [])))
     return "\n".join(lines)
@@ -113,7 +115,7 @@ def picture(layout):
 @dataclass
 class MaskedRow(mem1.Rows):
     """One trajectory as one row, and its attention mask (1, 1, T, T)."""
-    see: torch.Tensor
+    attn_mask: torch.Tensor
 
 
 def layout_rows(name, trajs, budget=8192, which=None):
@@ -122,54 +124,54 @@ def layout_rows(name, trajs, budget=8192, which=None):
         return make_rows(trajs, budget, which)
     batch, start = [], 0
     for i, traj in enumerate(trajs):
-        ids, loss_mask, see = stitched(traj, released=name == "released")
+        ids, loss_mask, attn_mask = stitched(traj, released=name == "released")
         if which is None or i in which:
-            index = torch.arange(start, start + sum(loss_mask))
-            batch.append(MaskedRow(torch.tensor([ids]), torch.tensor([loss_mask]), index,
-                                   torch.from_numpy(see)[None, None]))
+            place = torch.arange(start, start + sum(loss_mask))
+            batch.append(MaskedRow(torch.tensor([ids]), torch.tensor([loss_mask]), place,
+                                   torch.from_numpy(attn_mask)[None, None]))
         start += sum(loss_mask)
     return batch
 
 
 class MaskAsCache:
-    """Stands where a model.Cache does: nothing is cached, but a mask says what each token sees."""
+    """Passed as a model.Cache: it caches nothing, and supplies the attention mask."""
 
-    def __init__(self, see):
-        self.see = see  # (1, 1, T, T)
+    def __init__(self, attn_mask):
+        self.attn_mask = attn_mask  # (1, 1, T, T)
 
-    def extend(self, i, h, clock):
+    def extend(self, layer, h, clock):
         return F.pad(h, (0, 0, WIDTH - 1, 0)), clock  # (B, 3+T, 2C), (B, T, nh)
 
-    def append(self, i, k, v):
-        return k, v, self.see
+    def append(self, layer, k, v):
+        return k, v, self.attn_mask
 
 
 class Masked:
-    """Stands where a model does in mem1.predict()."""
+    """A model with an attention mask, for mem1.predict()."""
 
-    def __init__(self, model, see):
-        self.model, self.see = model, see
+    def __init__(self, model, attn_mask):
+        self.model, self.attn_mask = model, attn_mask
         self.module = getattr(model, "module", model)
 
     def __call__(self, ids):
-        return self.model(ids, MaskAsCache(self.see))
+        return self.model(ids, MaskAsCache(self.attn_mask))
 
 
 def layout_predict(model, rows):
     """As mem1.predict(), for rows of any layout."""
     if isinstance(rows, MaskedRow):
-        model = Masked(model, rows.see)
+        model = Masked(model, rows.attn_mask)
     return predict(model, rows)
 
 
-# --- How far it is from what acted
+# --- How far each layout is from the sampler
 
 
 def measure(model, cfg, n, episodes, acts):
     """{layout: (measures, {turn: mean_nats})} at n objectives. acts: the model plays by itself.
 
-    If it does not, the demonstrator plays, and "what acted" is the exact layout: random weights
-    would not play an episode to its end.
+    If it does not, the demonstrator plays, and the exact layout stands in for the sampler: random
+    weights would not play an episode to its end.
     """
     world = envs.world(cfg.env)
     environments = [world(n, cfg.hops, [0, Stream.TEST, n, i, 0]) for i in range(episodes)]
@@ -180,25 +182,22 @@ def measure(model, cfg, n, episodes, acts):
         acted = torch.tensor(sampled)  # (M,)
     else:
         trajs = [expert_rollout(env, keep_last) for env in environments]
-        acted = learned(model, "exact", trajs)  # (M,)
+        acted = learner_logp(model, "exact", trajs)  # (M,)
 
-    turn = []  # of each trained token
-    for traj in trajs:
-        for t, this in enumerate(traj.turns):
-            turn += [t + 1] * len(this.written)
-    turn = torch.tensor(turn)  # (M,)
+    number = torch.tensor([t + 1 for traj in trajs for t, turn in enumerate(traj.turns)
+                           for _ in turn.written])  # (M,), of the turn of each trained token
 
     found = {}
     for name in LAYOUTS:
-        off = (learned(model, name, trajs) - acted).abs()  # (M,)
+        off = (learner_logp(model, name, trajs) - acted).abs()  # (M,)
         measures = dict(mean_nats=off.mean().item(), max_nats=off.max().item())
-        by_turn = {t: off[turn == t].mean().item() for t in TURNS if (turn == t).any()}
+        by_turn = {t: off[number == t].mean().item() for t in TURNS if (number == t).any()}
         found[name] = measures, by_turn
     return found
 
 
 @torch.no_grad()
-def learned(model, name, trajs):
+def learner_logp(model, name, trajs):
     """The learner's log-probabilities of all trained tokens under a layout (M,)."""
     n = sum(traj.n_trained for traj in trajs)
     logp = torch.zeros(n, dtype=model.emb.weight.dtype)  # (M,)
@@ -212,6 +211,12 @@ def learned(model, name, trajs):
 
 def train_under(name, flags):
     """train.py, with the learner of ppo.update() under a layout."""
+    flags = [*flags, "--nproc", "1"]
+    cfg = train.parse_arguments(flags)
+    if list(cfg.agents) != ["mem1"] or cfg.nproc > 1:
+        sys.exit("layouts.py: --train: expected --agents mem1, and one process")
+    train.COMMAND = f"experiments/layouts.py --train {name}"
+
     def played(model, *args):
         trajs = rollout(model, *args)
         largest = 0.0
@@ -225,7 +230,7 @@ def train_under(name, flags):
                 sampled = torch.tensor(turn.logp, device=its_logp.device)
                 largest = max(largest, (its_logp - sampled).abs().max().item())
                 turn.logp, turn.value = its_logp.tolist(), its_value.tolist()
-        print(f"{name}: up to {largest:.1f} nats from what acted")
+        print(f"{name}: up to {largest:.1f} nats from the sampler")
         return trajs
 
     def rows(trajs, budget=8192, which=None):
@@ -233,12 +238,11 @@ def train_under(name, flags):
 
     if name != "exact":
         ppo.rollout, ppo.make_rows, ppo.predict = played, rows, layout_predict
-    train.main([*flags, "--nproc", "1"])
+    train.main(flags)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", help="directory of a run with a trained mem1 agent")
     parser.add_argument("--objectives", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--episodes", type=int, default=64)
@@ -249,6 +253,8 @@ def main(argv=None):
         args = parser.parse_args(argv[:2])
         return train_under(args.train, argv[2:])
     args = parser.parse_args(argv)
+    if args.train:
+        parser.error("--train: expected as the first flag")
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""rewards.py: PPO paid for something other than the share of right answers.
+"""rewards.py: PPO with rewards other than the share of right answers.
 
     python experiments/rewards.py --reward step --start runs/cpu --agents mem1 --out runs/step-0
     python experiments/rewards.py --reward step --out runs/step-0 --resume
 
 It begins with the imitated agent of the --start run, takes all flags of train.py, and runs in one
 process. Resume an interrupted run by this script too: train.py would pay the usual reward. The
-run's reward.json says what was paid.
+run's reward.json records the reward.
 
 An episode of N objectives earns, at the end of its last turn:
     em       the share of objectives answered exactly: what train.py pays
@@ -16,7 +16,6 @@ An episode of N objectives earns, at the end of its last turn:
 
 The `reward` in the log and in metrics.jsonl stays the share of right answers.
 """
-import argparse
 import functools
 import json
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo
 import train
 from envs import words
+from eval import Parser
 from mem1 import ENC
 
 REWARDS = "em", "all", "format", "step"
@@ -34,15 +34,10 @@ REWARDS = "em", "all", "format", "step"
 
 def turn_rewards(name, traj):
     """What each turn of a finished episode earned, in floats (J,)."""
-    env, n = traj.env, traj.env.n_objectives
-    em = env.em / n
     earned = new_facts(traj) if name == "step" else [0.0] * len(traj.turns)
-    earned[-1] += {
-        "em": em,
-        "all": float(env.em == n),
-        "format": em + (0.2 if env.cause == "answered" else 0.0),
-        "step": em,
-    }[name]
+    earned[-1] += float(traj.reward == 1) if name == "all" else traj.reward
+    if name == "format" and traj.env.cause == "answered":
+        earned[-1] += 0.2
     return earned
 
 
@@ -58,30 +53,26 @@ def new_facts(traj):
     return earned
 
 
-def parse_arguments(argv):
-    """(name of the reward, flags for train.py, its Config)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--reward", choices=REWARDS, required=True)
     args, flags = parser.parse_known_args(argv)
     flags = ["--nproc", "1", *flags]
     cfg = train.parse_arguments(flags)
     if not cfg.start or cfg.nproc > 1:
-        parser.error("expected --start RUN, whose imitated agents to begin with, and one process")
-    return args.reward, flags, cfg
+        parser.error("expected --start RUN, to train its imitated agents, and one process")
 
-
-def main(argv=None):
-    name, flags, cfg = parse_arguments(argv)
+    name = args.reward
     paid = Path(cfg.out) / "reward.json"
     if cfg.resume and (not paid.is_file() or json.loads(paid.read_text())["reward"] != name):
-        sys.exit(f"rewards.py: --reward {name}: {cfg.out} did not begin with that; see {paid}")
+        sys.exit(f"rewards.py: --reward {name}: {cfg.out} was started with another; see {paid}")
     try:
         paid.parent.mkdir(parents=True, exist_ok=True)
         paid.write_text(json.dumps({"reward": name}))
     except OSError as error:
         sys.exit(f"rewards.py: {paid} cannot be written: {error}")
 
+    train.COMMAND = f"experiments/rewards.py --reward {name}"
     ppo.turn_rewards = functools.partial(turn_rewards, name)
     train.main(flags)
 

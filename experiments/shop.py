@@ -24,8 +24,8 @@ class World(Env):
     >>> env = World(2, seed=2)
     >>> env.prompt
     ' want lamp warm small in white under #50 .'
-    >>> env.step("query", "search lamp")
-    ' left=9 #70 lamp #20 , #14 lamp #0 , end'
+    >>> env.step("query", "search lamp strong")
+    ' left=9 #14 lamp #0 , #70 lamp #20 , end'
     >>> env.step("query", "click #70")
     ' left=8 #70 lamp small warm new in white black green #20'
     >>> env.step("query", "click white"), env.step("answer", "buy"), env.em
@@ -116,12 +116,12 @@ class World(Env):
 
     def search(self, query):
         """The products that fit a word of the query or more, those that fit most words first."""
-        hits = {}
+        matches = {}
         for index in self.shelf:
             kind, traits, _, _ = self.products[index]
-            hits[index] = sum(word in (kind, *traits) for word in query)
-        found = [index for index in self.shelf if hits[index]]
-        return sorted(found, key=hits.get, reverse=True)  # reverse keeps the order of equals
+            matches[index] = sum(word in (kind, *traits) for word in query)
+        found = [index for index in self.shelf if matches[index]]
+        return sorted(found, key=matches.get, reverse=True)  # reverse keeps the order of equals
 
     def grade(self, text):
         if self.open and words(text) == ["buy"]:
@@ -148,8 +148,8 @@ class World(Env):
 
         turns = re.findall(r"([^<>]*)<query>[^<]*<end><info>([^<]*)", seen)
         state, info = turns[-1] if turns else ("", "")
-        notes = re.search(r"; ?([^;:]*) ?: ?(.*)", state)
-        best, todo = (part.split() for part in notes.groups()) if notes else ([], [])
+        match = re.search(r"; ?([^;:]*) ?: ?(.*)", state)
+        best, todo = (part.split() for part in match.groups()) if match else ([], [])
 
         # The last observation is a product, or a page of products, or nothing new.
         look = []

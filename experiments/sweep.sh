@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All runs behind the published tables, two at a time. Interrupt it as you like:
-# started again, it says how many runs are left, and goes on where it stopped.
+# The runs behind the published tables (98; some 30 hours on two cores), two at a time. Interrupt it
+# as you like: started again, it says how many runs are left, and goes on where it stopped.
 #
 #     bash experiments/sweep.sh runs
 #     python experiments/tables.py runs/L4*-seed-? --plot assets/scaling.png
@@ -19,12 +19,12 @@ runs() {  # lines of name|script|flags
             echo "$name-seed-$seed|$script|--seed $seed ${flags//SEED/$seed}"
         done
     done <<END
-012|L4|train.py|--agents mem1
+01234|L4|train.py|--agents mem1
 0|L4-oracle|train.py|$imitate mem1 full full-list
-12|L4-full|train.py|$imitate full
+1234|L4-full|train.py|$imitate full
 0|L4-ppo|train.py|--agents full --start $out/L4-oracle-seed-0
-12|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
-12|L4-oracle|train.py|$imitate mem1 full-list
+1234|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
+1234|L4-oracle|train.py|$imitate mem1 full-list
 012|L0-oracle|train.py|$imitate mem1 full full-list --around 0
 012|L20-oracle|train.py|$imitate mem1 full --around 20
 012|stitched|experiments/layouts.py --train stitched|$from_demos
@@ -42,10 +42,6 @@ runs() {  # lines of name|script|flags
 012|L8-oracle|train.py|$imitate mem1 full full-list --around 8
 012|L2-oracle|train.py|$imitate mem1 full full-list --around 2
 012|shop|train.py|--env shop --around 0 --objectives 1 6
-34|L4|train.py|--agents mem1
-34|L4-full|train.py|$imitate full
-34|L4-ppo|train.py|--agents full --start $out/L4-full-seed-SEED
-34|L4-oracle|train.py|$imitate mem1 full-list
 012|all|experiments/rewards.py --reward all|$from_demos
 0|step|experiments/rewards.py --reward step|$from_demos
 0|format|experiments/rewards.py --reward format|$from_demos
@@ -76,5 +72,5 @@ train() {  # name|script|flags
 }
 export -f train
 
-echo "$(left | wc -l) of $(runs | wc -l) runs left; what they say is in $out/*.log"
+echo "$(left | wc -l) of $(runs | wc -l) runs left; logs: $out/*.log"
 left | xargs -P 2 -d "\n" -n 1 bash -c 'train "$1"' sweep

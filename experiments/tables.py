@@ -60,7 +60,7 @@ def collect(paths):
     one = dict(methods={}, curves={}, meta={})
     for (path, cfg, _), size in zip(runs, sizes):
         if not (path / "results.json").is_file():
-            raise ValueError(f"{path} is not finished: python train.py --out {path} --resume")
+            raise ValueError(f"{path} is not finished; resume it by the script that began it")
         results = json.loads((path / "results.json").read_text())
         config = {name: value for name, value in vars(cfg).items() if name not in ("out", "start")}
         one["meta"][path.name] = {**results.pop("meta"), "config": config}

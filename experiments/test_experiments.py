@@ -1,4 +1,4 @@
-"""test_experiments.py: the scripts beside this file, at their smallest.
+"""test_experiments.py: the scripts beside this file, at their smallest, and more of the main code.
 
     python -m pytest -q experiments/test_experiments.py
 """
@@ -60,7 +60,7 @@ def played(env, actions):
     return traj
 
 
-def test_only_the_exact_layout_is_what_acted(run, capsys):
+def test_only_the_exact_layout_agrees_with_the_sampler(run, capsys):
     found = printed(layouts.main, ["--episodes", 3, "--objectives", 2, 4], capsys)
     assert list(found) == ["exact", "stitched", "released"]
     for n in "2", "4":
@@ -70,7 +70,7 @@ def test_only_the_exact_layout_is_what_acted(run, capsys):
 
 @pytest.mark.parametrize("name, plain, first", [
     ("stitched", True, 9), ("stitched", False, 2), ("released", False, 1)])  # 9: never
-def test_layouts_differ_from_what_acted_from_the_turn_on_that_is_documented(
+def test_layouts_differ_from_the_sampler_from_the_turn_on_that_is_documented(
         monkeypatch, name, plain, first):
     torch.manual_seed(0)
     net = GPT(GPTConfig(ENC.n_vocab, 1 if plain else 2, 2, 32)).double()
@@ -81,12 +81,12 @@ def test_layouts_differ_from_what_acted_from_the_turn_on_that_is_documented(
         net.blocks[0].taps.data[:-1] = 0.0
         net.blocks[0].taps.data[-1] = 1.0
     trajs = [expert_rollout(envs.ComposedQA(4, (2, 2), seed=i), keep_last) for i in range(3)]
-    turn = torch.tensor([t for traj in trajs for t, this in enumerate(traj.turns)
-                         for _ in this.written])
-    acted = layouts.learned(net, "exact", trajs)
-    off = (layouts.learned(net, name, trajs) - acted).abs()
-    assert off[turn < first].max() < 1e-6
-    assert all(off[turn == t].max() > 1e-3 for t in range(first, turn.max() + 1))
+    number = torch.tensor([t for traj in trajs for t, turn in enumerate(traj.turns)
+                           for _ in turn.written])
+    acted = layouts.learner_logp(net, "exact", trajs)
+    off = (layouts.learner_logp(net, name, trajs) - acted).abs()
+    assert off[number < first].max() < 1e-6
+    assert all(off[number == t].max() > 1e-3 for t in range(first, number.max() + 1))
 
 
 def test_ppo_under_a_layout_trains_on_its_log_probabilities(run, monkeypatch, capsys):
@@ -96,7 +96,9 @@ def test_ppo_under_a_layout_trains_on_its_log_probabilities(run, monkeypatch, ca
     out = run.parent / "stitched"
     longer = "--env qa --around 4 --start".split()  # with a history, so that layouts differ
     layouts.main(["--train", "stitched", *TINY, *longer, str(run), "--out", str(out)])
-    assert "nats from what acted" in capsys.readouterr().out
+    assert "nats from the sampler" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        layouts.main(["--json", "--train", "stitched"])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and max(row["gap"] for row in rows) < 1e-4  # its own, not the sampler's
 
@@ -191,7 +193,7 @@ def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
     out = run.parent / "all"
     rewards.main(["--reward", "all", *TINY, "--start", str(run), "--out", str(out)])
     assert ppo.turn_rewards.args == ("all",)
-    with pytest.raises(SystemExit, match="did not begin with that"):
+    with pytest.raises(SystemExit, match="was started with another"):
         rewards.main(["--reward", "em", "--resume", "--out", str(out)])
     with pytest.raises(SystemExit, match="cannot be written"):
         rewards.main(["--reward", "em", "--start", str(run), *TINY, "--out", "/proc/run"])
