@@ -61,7 +61,7 @@ def require(condition, message):
 
 
 def load_run(out):
-    """(settings, models) of a run, whose words ENC gets. ValueError in one line."""
+    """(settings, models) of a run; adds its words to ENC. ValueError in one line."""
     state = load_checkpoint(out)
     cfg = SimpleNamespace(**state["config"])
     ENC.add(envs.world(cfg.env).extra_words)

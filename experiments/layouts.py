@@ -16,6 +16,7 @@ The last two are PPO under a layout, from the imitated agent of a run, in one pr
 log-probabilities are recomputed by the learner, as in the published code, so PPO's ratio begins at
 1. It takes all flags of train.py.
 """
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -233,11 +234,9 @@ def train_under(name, flags):
         print(f"{name}: up to {largest:.1f} nats from the sampler")
         return trajs
 
-    def rows(trajs, budget=8192, which=None):
-        return layout_rows(name, trajs, budget, which)
-
     if name != "exact":
-        ppo.rollout, ppo.make_rows, ppo.predict = played, rows, layout_predict
+        ppo.rollout, ppo.predict = played, layout_predict
+        ppo.make_rows = functools.partial(layout_rows, name)
     train.main(flags)
 
 

@@ -91,12 +91,12 @@ def test_layouts_differ_from_the_sampler_from_the_turn_on_that_is_documented(
 
 def test_ppo_under_a_layout_trains_on_its_log_probabilities(run, monkeypatch, capsys):
     monkeypatch.setattr("signal.signal", mock.Mock())
-    for name in "rollout", "make_rows", "predict":  # which the script replaces
-        monkeypatch.setattr(ppo, name, getattr(ppo, name))
+    for owner, name in (ppo, "rollout"), (ppo, "make_rows"), (ppo, "predict"), (train, "COMMAND"):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # which the script replaces
     out = run.parent / "stitched"
     longer = "--env qa --around 4 --start".split()  # with a history, so that layouts differ
     layouts.main(["--train", "stitched", *TINY, *longer, str(run), "--out", str(out)])
-    assert "nats from the sampler" in capsys.readouterr().out
+    assert "nats from the sampler" in capsys.readouterr().out and "stitched" in train.COMMAND
     with pytest.raises(SystemExit):
         layouts.main(["--json", "--train", "stitched"])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -189,10 +189,11 @@ def test_a_turn_that_brings_facts_to_light_is_paid_at_its_own_last_token(monkeyp
 
 def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
     monkeypatch.setattr("signal.signal", mock.Mock())
-    monkeypatch.setattr(ppo, "turn_rewards", None)  # the script has to set it
+    monkeypatch.setattr(ppo, "turn_rewards", None)  # the script has to set it, and this:
+    monkeypatch.setattr(train, "COMMAND", None)
     out = run.parent / "all"
     rewards.main(["--reward", "all", *TINY, "--start", str(run), "--out", str(out)])
-    assert ppo.turn_rewards.args == ("all",)
+    assert ppo.turn_rewards.args == ("all",) and train.COMMAND.endswith("rewards.py --reward all")
     with pytest.raises(SystemExit, match="was started with another"):
         rewards.main(["--reward", "em", "--resume", "--out", str(out)])
     with pytest.raises(SystemExit, match="cannot be written"):
