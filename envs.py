@@ -38,7 +38,7 @@ def keyed_rng(seed, stream, step, episode, what=0):
     """The generator of one thing: what it draws depends on its key and on nothing else.
 
     `what` tells several draws of one episode apart: 0 the task, 1 which piece of it is the agent's,
-    its turn budget and what was noted before, 2 the agent's or the demonstrator's choices, 3 the
+    its turn budget and its history, 2 the agent's or the demonstrator's choices, 3 the
     shuffling of minibatches.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
@@ -241,14 +241,14 @@ class SearchIndex:
 
     def __init__(self, pages):
         self.texts = [text for _, text in pages]
-        pages = [words(f"{title} {text}") for title, text in pages]
-        df = Counter(word for page in pages for word in set(page))
-        self.postings = defaultdict(dict)  # word -> {page: weight}
-        for i, page in enumerate(pages):
-            for word in set(page):
-                idf = math.log(1 + (len(pages) - df[word] + 0.5) / (df[word] + 0.5))
-                tf = page.count(word)
-                self.postings[word][i] = idf * tf * 2.2 / (tf + 1.2)
+        bags = [words(f"{title} {text}") for title, text in pages]
+        df = Counter(word for bag in bags for word in set(bag))
+        self.postings = defaultdict(dict)  # word -> {number of a page: weight}
+        for page, bag in enumerate(bags):
+            for word in set(bag):
+                idf = math.log(1 + (len(bags) - df[word] + 0.5) / (df[word] + 0.5))
+                tf = bag.count(word)
+                self.postings[word][page] = idf * tf * 2.2 / (tf + 1.2)
 
     def search(self, query):
         """The TOP_K texts that match `query` best, in the (random) order of the pages.
@@ -487,4 +487,5 @@ def exercise_text(rng, longest, more=()):
     for given, wanted in lookups:
         target += [([given], False), ([wanted], True)]
     target = [([skill], False), *target, ([STOP], True)]
-    return " ".join(["", *text]), [(" ".join(["", *part]), learn) for part, learn in target]
+    parts = [(" ".join(["", *part]), is_trained) for part, is_trained in target]
+    return " ".join(["", *text]), parts

@@ -107,7 +107,7 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """What to test: every agent, greedy; one that had PPO also sampled, before and after it."""
+    """All agents, greedy, are tested; those that had PPO also sampled, before it and after."""
     names = []
     for name in models:
         if name != "primer":
@@ -165,10 +165,10 @@ def show_change(models, cfg):
     for name in "mem1-demos", "mem1":
         model = load_model(models[name], cfg.device)
         played[name] = play(model, keep_last, cfg, cfg.objectives[1], range(16), Stream.VALID)
-    unsolved = [e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1] or [0]
+    first = next((e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1), 0)
     for name, trajs in played.items():
         print(f"--- {name}")
-        show(trajs[unsolved[0]], keep_last)
+        show(trajs[first], keep_last)
 
 
 def show(traj, policy):
@@ -188,7 +188,7 @@ def show(traj, policy):
                 print(f"     {mark} {ENC.decode(ids)}")
         before = read + now + turn.info
     env = traj.env
-    golds = " ".join(f"{index} {gold}" for index, gold in env.golds)
+    golds = envs.entries(dict(env.golds))
     print(f"       {env.cause}; the right answer is {golds}: em {env.em}/{env.n_objectives}, "
           f"peak {traj.peak} tokens\n", flush=True)
 

@@ -243,13 +243,13 @@ def expert(env, policy, turns, rng=None):
     else:
         state, kind, text = env.random_notes(seen, rng)
     tag = QUERY if kind == "query" else ANSWER
-    state, text = [ENC.encode_ordinary(f" {said}") if said else [] for said in (state, text)]
-    return [*state, tag, *text, END]
+    state_ids, ids = [ENC.encode_ordinary(f" {said}") if said else [] for said in (state, text)]
+    return [*state_ids, tag, *ids, END]
 
 
 def expert_rollout(env, policy, rng=None, until=None):
-    """An episode of the demonstrator, to imitate. It ends before the turn whose state first lists
-    the question with index `until`, such as "#65", if given."""
+    """An episode of the demonstrator, to imitate. With `until`, an index such as "#65", it ends
+    before the turn that begins on that question, or that answers."""
     traj = Trajectory(env, prompt_ids(env))
     while not env.done:
         written = expert(env, policy, traj.turns, rng)
@@ -333,13 +333,13 @@ def rollout_batch(model, trajs, policy, rngs):
         if rngs[0] is not None:
             draws = [1 - rngs[e].random(cap) for e, cap in zip(live, caps)]  # in (0, 1]
             uniform = padded(draws).to(weight)  # (B, max cap)
-        turns, order = write(model, cache, hidden, caps, uniform)
+        written, order = write(model, cache, hidden, caps, uniform)
 
         # 3. The environments respond; finished episodes leave the batch.
-        for e, context, (ids, logp, value) in zip(live, contexts, turns):
+        for e, context, (ids, logp, value) in zip(live, contexts, written):
             trajs[e].add_turn(context, ids, logp, value)
             fed[e] = context + ids
-        live = [live[b] for b in order]
+        live = [live[b] for b in order]  # write() has moved rows
         going = [not trajs[e].env.done for e in live]
         cache.compact(torch.tensor(going, device=weight.device))
         live = [e for e in live if not trajs[e].env.done]
@@ -391,7 +391,7 @@ def write(model, cache, hidden, caps, uniform):
         if n_writing <= 0.75 * cache.B:  # drop finished rows: up to 1.8 times as fast
             moved = cache.compact(writing)
             order[: len(moved)] = row[moved]
-            writing = torch.ones(n_writing, device=device, dtype=torch.bool)
+            writing = writing[moved][: cache.B]
         # Finished rows that are still in the batch become padding: their tokens take no slot.
         cache.reserve(1, writing.long())
         hidden = model(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)
@@ -404,8 +404,8 @@ def sample(logits, uniform=None):
     """One token per row, by inverse transform: logits (B, V) -> ids, logp (B,).
 
     uniform (B,) in (0, 1]: one number per token, drawn by the episode's own generator, so that what
-    it samples does not depend on the rows beside it; None: greedy. Temperature 1 and no filtering:
-    the distribution sampled from is the one that is trained.
+    it samples does not depend on the rows beside it; None: greedy. Temperature 1 and no filtering,
+    so the distribution sampled from is the one that is trained.
     """
     logps = logits.log_softmax(-1)  # (B, V)
     if uniform is None:
@@ -424,8 +424,8 @@ class Rows:
     """Some rows of token ids, right-padded, to be read under a causal mask.
 
     There is one row a turn, its context and then what was written, except that a turn whose context
-    begins with the whole row before it shares that row: nothing was pruned. Below, T is the task, S
-    <IS>, Q a query, I an info, and 1 stands where the token is trained:
+    begins with the whole row before it shares that row, as nothing was pruned. Below, T is the
+    task, S <IS>, Q a query, I an info, and 1 stands where the token is trained:
 
     >>> for policy in keep_last, keep_all:
     ...     print(picture(sketch(policy, turns=3)))
@@ -468,14 +468,14 @@ def make_rows(trajs, budget=8192, which=None):
     token is in exactly one of the Rows. With nothing to train there is one row without loss, so
     that a process with no work still joins the all-reduce of DDP.
     """
-    rows, start = [], 0  # start: how many trained tokens come before this row
+    rows, end = [], 0  # end: how many trained tokens there are up to the end of this row
     for i, traj in enumerate(trajs):
         for ids, loss_mask in merged_turns(traj):
+            start, end = end, end + sum(loss_mask)
             if which is None or i in which:
-                rows.append((ids, loss_mask, start))
-            start += sum(loss_mask)
+                rows.append((ids, loss_mask, torch.arange(start, end)))
     if not rows:
-        rows = [([IS], [False], 0)]
+        rows = [([IS], [False], torch.arange(0))]
     rows.sort(key=lambda row: -len(row[0]))  # rows of like length side by side: little padding
     groups = []
     for row in rows:
@@ -485,14 +485,13 @@ def make_rows(trajs, budget=8192, which=None):
         groups[-1].append(row)
     batch = []
     for group in groups:
-        ids, loss_mask, starts = zip(*group)
-        place = [torch.arange(sum(trained)) + start for trained, start in zip(loss_mask, starts)]
+        ids, loss_mask, place = zip(*group)
         batch.append(Rows(padded(ids), padded(loss_mask), torch.cat(place)))  # (B, T) twice, (m,)
     return batch
 
 
 def predict(model, rows):
-    """The learner's view of Rows: logp, value, entropy (m,) of the trained tokens, with gradients.
+    """logp, value and entropy (m,) of the trained tokens of Rows, with gradients.
 
     Every token has the context in which it was sampled, and the forward pass is the sampler's, so
     logp equals what was recorded, up to rounding. The value's gradient stops at its own head: the

@@ -12,7 +12,7 @@ Differs from GPT-2, so that half a million weights can learn to look things up w
    emerge, only be refined;
 2) forget gates (arXiv 2503.02130) instead of positions: a token's age is what the gates
    added since, so the latest state stands out at any length;
-3) squared ReLU (arXiv 2109.08668); the embeddings (tied, as there) are normed on the way in; no
+3) squared ReLU (arXiv 2109.08668); the embeddings (tied, as in GPT-2) are normed on the way in; no
    biases but those of the gates and the value head.
 """
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class Block(nn.Module):
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
         # A head start for lookup (after arXiv 2305.09828): queries match similar keys, and what is
-        # read is passed on roughly unchanged.
+        # read is passed on roughly unchanged. (So proj's own draw above is replaced.)
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
         self.proj.weight.data.copy_(0.3 * v.T)
@@ -127,8 +127,8 @@ class Block(nn.Module):
             k, v, attn_mask = cache.append(layer, k, v)  # (B, nh, L, hs) twice, (B, 1, T, L)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
         x = x + self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        h = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
-        return x + self.down(h * h)  # (B, T, C); h ** 2 would be float32 under autocast on CUDA
+        y = F.relu(self.up(self.ln_2(x)))  # (B, T, 4C)
+        return x + self.down(y * y)  # (B, T, C); y ** 2 would be float32 under autocast on CUDA
 
 
 def with_age(q, k, clock):
@@ -175,7 +175,7 @@ class Cache:
     def keep_prompt(self):
         """Call when exactly the prompts are in: rollback() comes back to here."""
         self.prompt_n = self.n.clone()  # (B,)
-        self.prompt_tail = self.tail.clone()  # (nl, B, 3, 2C+nh)
+        self.prompt_tail = self.tail.clone()  # (n_layer, B, 3, 2C+nh)
 
     def rollback(self, pruned):
         """Forget all but the prompt in the rows where `pruned` (B,) is True."""
@@ -197,10 +197,10 @@ class Cache:
         self.B = int(stay.sum())
         return order
 
-    def reserve(self, T, n):
+    def reserve(self, T, real):
         """Make room for T more tokens in every row.
 
-        Only the first n[b] of row b are real; the padding after them is seen by no real token. With
+        Of these, the first real[b] of row b are tokens; no token sees the padding after them. With
         T > 1, once per turn, this syncs with the device to get the longest row; with T = 1, once
         per token, it adds one to the previous maximum: an upper bound.
         """
@@ -218,18 +218,18 @@ class Cache:
         visible = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
         self.attn_mask = visible[:, None]  # (B, 1, T, L)
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
-        self.last = n[:, None] + torch.arange(WIDTH - 1, device=device)
-        self.n[:B] += n
+        self.last = real[:, None] + torch.arange(WIDTH - 1, device=device)
+        self.n[:B] += real
 
     def extend(self, layer, h, clock):
         """Prepend the three inputs before h (B, T, 2C): (B, 3+T, 2C). Continue clock (B, T, nh),
         which began at 0, from where the last one stopped."""
-        tail, width = self.tail[layer, : self.B], h.size(2)
-        clock = clock + tail[:, -1:, width:]  # (B, T, nh)
+        tail, C2 = self.tail[layer, : self.B], h.size(2)
+        clock = clock + tail[:, -1:, C2:]  # (B, T, nh)
         wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
         last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
         self.tail[layer, : self.B] = wide.gather(1, last)
-        return wide[..., :width], clock
+        return wide[..., :C2], clock
 
     def append(self, layer, k, v):
         """Write k, v (B, nh, T, hs) of a layer. Returns what is to be attended to: all keys, all

@@ -56,10 +56,10 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
         for rows in make_rows(trajs, cfg.micro_batch):
             rows = rows.to(device)
             ref_logp[rows.place] = predict(reference, rows)[0]
-    reward = weight.new_tensor([r for traj in trajs for r in turn_rewards(traj)])  # (J,)
+    earned = weight.new_tensor([r for traj in trajs for r in turn_rewards(traj)])  # (J,)
     turn_ends = segment_ends([len(turn.written) for turn in turns], device)  # (M,)
     episode_ends = segment_ends([traj.n_trained for traj in trajs], device)  # (M,)
-    rewards = token_rewards(reward, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
+    rewards = token_rewards(earned, turn_ends, old_logp, ref_logp, cfg.kl_coef)  # (M,)
     adv, ret = gae(rewards, old_value, episode_ends, cfg.gamma, cfg.lam)  # each (M,)
     adv = whiten(adv)  # (M,)
 
@@ -87,12 +87,12 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
                     policy_term = policy_loss(logp, old, adv[i], cfg.clip)  # (m,)
                     value_term = 0.5 * (value - ret[i]) ** 2  # (m,); no gradient beyond the head
                     backward((policy_term + value_term).sum() / n_tokens)
-                logp, entropy = logp.detach(), entropy.detach()
+                log_ratio, entropy = (logp - old).detach(), entropy.detach()  # each (m,)
                 if epoch == 0 and k == 0:  # nothing is updated yet: learner and sampler must agree
-                    gap = torch.cat([(logp - old).abs(), gap[None]]).max()
-                kl = approx_kl(logp, old)  # (m,)
+                    gap = torch.cat([log_ratio.abs(), gap[None]]).max()  # m may be 0
+                kl = approx_kl(log_ratio)  # (m,)
                 to_ref = old - ref_logp[i]  # (m,)
-                clipped = ((logp - old).expm1().abs() > cfg.clip).to(kl)  # (m,)
+                clipped = (log_ratio.expm1().abs() > cfg.clip).to(kl)  # (m,)
                 sums += torch.stack([torch.ones_like(kl), kl, to_ref, clipped, entropy]).sum(1)
 
             for rows in reading:
@@ -196,13 +196,13 @@ def mean_over_episodes(trajs):
 # --- The maths, as pure functions
 
 
-def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
+def token_rewards(earned, turn_ends, old_logp, ref_logp, kl_coef):
     """Reward of each token (M,): what its turn earned, at the turn's end, less the KL penalty.
 
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
-    The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0: in the
-    reward it gives an unbiased gradient of the KL. reward (J,) has one entry per turn; turn_ends
+    The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0, since
+    then its gradient, as a reward, is that of the KL. earned (J,) has one entry per turn; turn_ends
     (M,) is True at the last token of each turn.
 
     >>> ends, old = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
@@ -210,7 +210,7 @@ def token_rewards(reward, turn_ends, old_logp, ref_logp, kl_coef):
     tensor([-0.0500,  1.0000])
     """
     rewards = -kl_coef * (old_logp - ref_logp)  # (M,)
-    rewards[turn_ends] += reward
+    rewards[turn_ends] += earned
     return rewards
 
 
@@ -220,8 +220,8 @@ def gae(rewards, value, episode_ends, gamma=1.0, lam=1.0):
     delta_t = r_t + gamma V_{t+1} - V_t
     adv_t = delta_t + gamma lam adv_{t+1},   ret_t = adv_t + V_t
 
-    After the last token of an episode V is 0, whether it answered or ran out of turns: the turn
-    budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is the sum of the
+    After the last token of an episode V is 0, whether it answered or ran out of turns, since the
+    turn budget is part of the task. With gamma = lam = 1, as in MEM1, adv_t is the sum of the
     rewards from t on, less V_t.
 
     >>> value, ends = torch.full((3,), 0.5), torch.tensor([False, False, True])
@@ -270,14 +270,13 @@ def policy_loss(logp, old_logp, adv, clip=0.2):
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
 
 
-def approx_kl(logp, old_logp):
+def approx_kl(log_ratio):
     """KL(pi_old || pi), from samples of pi_old: (ratio - 1) - log ratio >= 0 ("k3"), (M,)."""
-    log_ratio = logp - old_logp
     return log_ratio.expm1() - log_ratio
 
 
 def explained_variance(value, ret):
-    """1 - Var(ret - value) / Var(ret): 1 is a perfect critic, 0 one that knows only the mean."""
+    """1 - Var(ret - value) / Var(ret): 1 is a perfect critic, 0 a constant one."""
     x, n = centered(torch.stack([ret, ret - value]))  # (2, M)
     of_ret, of_rest = all_reduce((x**2).sum(1)).tolist()
     return 1 - of_rest / of_ret if of_ret > 1e-12 * n else 0.0

@@ -806,7 +806,7 @@ MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning o
     ("model.Block.forward", "is_causal=attn_mask is None", "is_causal=False", "sampler"),
     ("model.Cache.reserve", "<= self.slots[..., None]", ">= 0 * self.slots[..., None]", "sampler"),
     ("model.Cache.rollback", "self.prompt_tail[:,", "self.tail[:,", "sampler"),
-    ("model.Cache.extend", "+ tail[:, -1:, width:]", "", "sampler"),
+    ("model.Cache.extend", "+ tail[:, -1:, C2:]", "", "sampler"),
     ("mem1.predict", "x[:, :-1]", "x[:, 1:]", "sampler"),
     ("mem1.rollout_batch", "len(fed[e]) - 1", "len(fed[e])", "sampler"),
     ("mem1.merged_turns", "[False]", "[True]", "rows_show"),  # read tokens are trained

@@ -235,7 +235,7 @@ def lr_factor(step, steps, warmup):
 
 
 def step_data(cfg, kind, agent, step):
-    """What a step of a stage trains on, in this process: Rows; for PPO, environments."""
+    """Make this process's data for a step of a stage: Rows; for PPO, environments."""
     if kind == "ppo":
         return [training_task(cfg, agent, Stream.PPO, step, i) for i in share(cfg.ppo_batch)]
     if kind == "primer":
@@ -261,7 +261,7 @@ def steps_left(cfg, kind, agent, numbers):
 
 
 def on_signal(handler):
-    """What SIGINT, SIGTERM and SIGHUP do from now on, unless they are ignored, as under nohup."""
+    """Let handler handle SIGINT, SIGTERM and SIGHUP, unless they are ignored, as under nohup."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -272,8 +272,8 @@ def training_task(cfg, agent, stream, step, i):
 
     The prompt has before + n + after questions. The demonstrator has played the first ones under
     this agent's policy and notes (env.history). The agent is scored on the next n only; if more
-    follow, its turns run out there. cfg.around bounds what to remember, cfg.most_questions the
-    prompt:
+    follow, its turns run out there (in web later, as a hop often takes fewer turns than allowed).
+    cfg.around bounds what to remember, cfg.most_questions the prompt:
 
     >>> tasks = [training_task(Config(), "mem1", Stream.PPO, 0, i) for i in range(200)]
     >>> {env.n_objectives for env in tasks}, max(env.n_questions for env in tasks)
@@ -293,11 +293,11 @@ def training_task(cfg, agent, stream, step, i):
         after = int(rng.integers(most - before - n + 1))
     env = envs.world(cfg.env)(before + n + after, cfg.hops, [cfg.seed, stream, step, i, 0])
 
-    # The turn budget. If questions follow: just enough for the agent's own. Else the whole task's;
-    # in some demonstrations less, to show what to do then; often more, to show every "left=".
+    # The turn budget. If questions follow: what the agent's own allow. Else the whole task's; in
+    # some demonstrations less, to show what to do then; often more, to show every "left=".
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
-    played = sum(needed[:before])  # turns
+    played = sum(needed[:before])  # turns allowed for the history
     draw = rng.random()
     if after:
         env.max_turns = played + sum(needed[before : before + n]) + 1
@@ -368,8 +368,8 @@ def log(run, kind, agent, step, stats):
     steps = getattr(run.cfg, f"{kind}_steps")
     if kind != "ppo" and step % 50 and step < steps:
         return
-    parts = [f"{kind} {agent or '':4s} {step:04d}/{steps:04d}"]  # what matters most comes first
-    if kind == "ppo":
+    parts = [f"{kind} {agent or '':4s} {step:04d}/{steps:04d}"]
+    if kind == "ppo":  # what matters most comes first
         form = ("reward {reward:.2f} | em {em:.2f}/{of:.0f} | memory {memory:.0%} | "
                 "peak {peak:.0f} vs full {unpruned:.0f} ({times:.1f}x) | turns {turns:.1f} | "
                 "kl {kl:.3f} | ref {ref:.3f} | clip {clip:.0%} | ent {ent:.2f} | ev {ev:.2f} | "
