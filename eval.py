@@ -107,7 +107,7 @@ def validate(model, agent, cfg):
 
 
 def methods(models):
-    """All agents, greedy, are tested; those that had PPO also sampled, before it and after."""
+    """The methods to test: all agents greedy; those with PPO also sampled, before it and after."""
     names = []
     for name in models:
         if name != "primer":
