@@ -20,7 +20,7 @@ class World(ComposedQA):
     >>> env.step("answer", "#51"), env.em
     ('', 1)
     """
-    longest = len(INDICES) - 1  # the count is said by an index
+    longest = len(INDICES) - 1  # the count is written as an index
     needs = {"demos": "oracle"}
     extra_words = ["count"]
 
@@ -31,7 +31,8 @@ class World(ComposedQA):
         self.take_piece(0, n_objectives)
 
     def compose(self, indices, hops, rng):
-        self.start, self.name = str(rng.choice(INDICES[: -len(indices)])), str(rng.choice(NAMES))
+        self.start = str(rng.choice(INDICES[: -len(indices)]))
+        self.name = str(rng.choice(NAMES))
         questions, facts = invent(indices, hops, rng)
         for _, _, path in questions:
             if rng.random() < 0.5:

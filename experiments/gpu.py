@@ -3,10 +3,10 @@
     python experiments/gpu.py
     python experiments/gpu.py --device cpu --quick    # at the smallest size: does it run?
 
-Sampler and learner on the GPU, and the learner in float64 on the CPU, give the tokens of the same
-episodes the same log-probability: the largest difference in nats, and the share of ratios outside
-0.8 to 1.2. How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with
---dtype float32 and without.
+Sampler and learner on the GPU, and a float64 learner on the CPU, score the same episodes. Printed
+are the largest difference in log-probability, in nats, and the share of ratios outside 0.8 to 1.2.
+How fast a GPU is: gpu_speed.py. Does it learn? python train.py --device cuda, with --dtype float32
+and without.
 """
 import argparse
 import sys
@@ -22,7 +22,7 @@ import torch
 from mem1 import END, ENC, POLICIES, keep_last, make_rows, predict, rollout, turn_cap
 from model import GPT, GPTConfig
 
-SIZES = {"0.5M": (4, 2, 96), "25M": (8, 8, 512), "124M": (12, 12, 768)}  # layers, heads, channels
+SIZES = {"0.5M": (4, 2, 96), "25M": (8, 8, 512), "86M": (12, 12, 768)}  # layers, heads, channels
 GIVEN, WRITTEN, TURNS = 24, 24, 6  # tokens read and written in a turn of a Metronome; its turns
 
 
@@ -67,29 +67,29 @@ def random_agent(size, device):
     return model.to(device)
 
 
-# --- The parts: each returns what it found, {what: finding}
+# --- The parts: each returns {label: result}
 
 
 def exact(args):
     found = {}
     for size in ["0.5M"] if args.quick else ["0.5M", "25M"]:
         for policy in "mem1", "full":
-            for kind in "float64", "float32", "tf32", "bfloat16":
-                torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            for precision in "float64", "float32", "tf32", "bfloat16":
+                torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
                 model = random_agent(size, args.device)
-                model.config.bfloat16 = kind == "bfloat16"
-                if kind == "float64":
+                model.config.bfloat16 = precision == "bfloat16"
+                if precision == "float64":
                     model.double()
                 worlds, _, rngs = metronomes(2 if args.quick else 8)
                 trajs = rollout(model, worlds, POLICIES[policy], rngs)
-                acted = [x for traj in trajs for turn in traj.turns for x in turn.logp]
-                acted = torch.tensor(acted, dtype=torch.float64)
-                off = learner_logp(model, trajs) - acted
-                cpu = learner_logp(random_agent(size, "cpu").double(), trajs)
-                found[f"{size} {policy} {kind}"] = (
-                    f"sampler to learner {off.abs().max():.1e}, "
-                    f"to the CPU {(cpu - acted).abs().max():.1e}, "
-                    f"outside the clip {(off.expm1().abs() > 0.2).double().mean():.2%}")
+                sampled = [x for traj in trajs for turn in traj.turns for x in turn.logp]
+                sampled = torch.tensor(sampled, dtype=torch.float64)
+                log_ratio = learner_logp(model, trajs) - sampled
+                on_cpu = learner_logp(random_agent(size, "cpu").double(), trajs)
+                found[f"{size} {policy} {precision}"] = (
+                    f"sampler to learner {log_ratio.abs().max():.1e}, "
+                    f"to the CPU {(on_cpu - sampled).abs().max():.1e}, "
+                    f"outside the clip {(log_ratio.expm1().abs() > 0.2).double().mean():.2%}")
     return found
 
 

@@ -4,7 +4,7 @@
     python experiments/gpu_speed.py --device cpu --quick    # at the smallest size: does it run?
 
     sizes      tokens a second of sampling and learning in bfloat16, for models of 0.5M, 25M and
-               124M weights and 64 to 4096 episodes side by side; the learner's MFU, against the
+               86M weights and 64 to 4096 episodes side by side; the learner's MFU, against the
                measured peak of a matmul
     decoding   one token in every row (one row: all of it is launching kernels); the time to read
                weights and cache alone; the same step replayed as a CUDA graph

@@ -12,9 +12,9 @@ All three are given the same episodes, from seeds that nothing is trained on.
     mean_nats  how far a trained token's log-probability is from the one that it was sampled with
     max_nats   the same of the worst token
 
-The last two are PPO under a layout, from the imitated agent of a run, in one process: old
-log-probabilities are recomputed by the learner, as in the published code, so PPO's ratio begins at
-1. It takes all flags of train.py.
+--train is PPO under a layout, from the imitated agent of a run, in one process. The learner
+recomputes old log-probabilities, as in the published code, and values, so PPO's ratio begins at 1.
+It takes all flags of train.py. The layout is not saved with the run: resume by the same --train.
 """
 import functools
 import json
@@ -79,23 +79,23 @@ def stitched(traj, released=False):
     parts = [(-1, "prompt", traj.prompt, False)]  # turn, kind, ids, trained
     history = traj.env.history
     for t, turn in enumerate(history + traj.turns):
-        n, mine = len(turn.state), t >= len(history)
-        parts += [(t, "state", [IS], False), (t, "state", turn.written[:n], mine),
-                  (t, "action", turn.written[n:], mine)]
+        n, is_own = len(turn.state), t >= len(history)
+        parts += [(t, "state", [IS], False), (t, "state", turn.written[:n], is_own),
+                  (t, "action", turn.written[n:], is_own)]
         if turn is not traj.turns[-1]:
             parts.append((t, "info", turn.info, False))
-    number, kind, ids, loss_mask = [], [], [], []  # of each token; number: of its turn
-    for t, name, tokens, trained in parts:
+    turn_of, kind_of, ids, loss_mask = [], [], [], []  # of each token
+    for t, kind, tokens, is_trained in parts:
         ids += tokens
-        number += [t] * len(tokens)
-        kind += [name] * len(tokens)
-        loss_mask += [trained] * len(tokens)
-    number, kind = np.array(number), np.array(kind)
-    ago = number[:, None] - number  # turns between the reader and what it reads
-    attn_mask = np.tri(len(ids), dtype=bool) & ((kind == "prompt") | (ago <= 1))
+        turn_of += [t] * len(tokens)
+        kind_of += [kind] * len(tokens)
+        loss_mask += [is_trained] * len(tokens)
+    turn_of, kind_of = np.array(turn_of), np.array(kind_of)
+    ago = turn_of[:, None] - turn_of  # turns between the reader and what it reads
+    attn_mask = np.tri(len(ids), dtype=bool) & ((kind_of == "prompt") | (ago <= 1))
     if released:
-        attn_mask &= (ago == 0) | (kind != "state")
-        attn_mask &= (kind[:, None] != "info") | ((ago == 0) & (kind == "info"))
+        attn_mask &= (ago == 0) | (kind_of != "state")
+        attn_mask &= (kind_of[:, None] != "info") | ((ago == 0) & (kind_of == "info"))
     return ids, loss_mask, attn_mask
 
 
@@ -120,7 +120,7 @@ class MaskedRow(mem1.Rows):
 
 
 def layout_rows(name, trajs, budget=8192, which=None):
-    """As mem1.make_rows(), under a layout; reading exercises have none."""
+    """As mem1.make_rows(), under a layout: a trajectory a batch. Reading exercises have none."""
     if name == "exact" or (trajs and trajs[0].env is None):
         return make_rows(trajs, budget, which)
     batch, start = [], 0
@@ -212,13 +212,13 @@ def learner_logp(model, name, trajs):
 
 def train_under(name, flags):
     """train.py, with the learner of ppo.update() under a layout."""
-    flags = [*flags, "--nproc", "1"]
+    flags = ["--nproc", "1", *flags]
     cfg = train.parse_arguments(flags)
     if list(cfg.agents) != ["mem1"] or cfg.nproc > 1:
         sys.exit("layouts.py: --train: expected --agents mem1, and one process")
     train.COMMAND = f"experiments/layouts.py --train {name}"
 
-    def played(model, *args):
+    def rollout_and_rescore(model, *args):
         trajs = rollout(model, *args)
         largest = 0.0
         for traj in trajs:
@@ -235,7 +235,7 @@ def train_under(name, flags):
         return trajs
 
     if name != "exact":
-        ppo.rollout, ppo.predict = played, layout_predict
+        ppo.rollout, ppo.predict = rollout_and_rescore, layout_predict
         ppo.make_rows = functools.partial(layout_rows, name)
     train.main(flags)
 
@@ -268,7 +268,7 @@ def main(argv=None):
         model = load_model(models["mem1"])
     longest = envs.longest_horizon(cfg)
     if args.episodes < 1 or not all(1 <= n <= longest for n in args.objectives):
-        parser.error(f"expected 1 to {longest} --objectives, and 1 or more --episodes")
+        parser.error(f"--objectives: expected 1 to {longest}; --episodes: 1 or more")
 
     results = {name: {} for name in LAYOUTS}
     if not args.json:

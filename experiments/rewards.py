@@ -65,7 +65,7 @@ def main(argv=None):
     name = args.reward
     paid = Path(cfg.out) / "reward.json"
     if cfg.resume and (not paid.is_file() or json.loads(paid.read_text())["reward"] != name):
-        sys.exit(f"rewards.py: --reward {name}: {cfg.out} was started with another; see {paid}")
+        sys.exit(f"rewards.py: {cfg.out} was not started with --reward {name}")
     try:
         paid.parent.mkdir(parents=True, exist_ok=True)
         paid.write_text(json.dumps({"reward": name}))

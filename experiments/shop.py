@@ -86,10 +86,9 @@ class World(Env):
         kind, traits, colors, price = self.products[index]
         if kind != self.type:
             return 0.0
-        right = sum(trait in traits for trait in self.traits)
-        right += color == self.color and color in colors
-        right += price <= self.limit
-        return right / 4
+        right = [trait in traits for trait in self.traits]
+        right += [color == self.color and color in colors, price <= self.limit]
+        return sum(right) / 4
 
     def act(self, text):
         verb, what = (words(text) + ["", ""])[:2]
@@ -129,11 +128,12 @@ class World(Env):
         return 0.0
 
     def random_notes(self, seen, rng):
-        """The demonstrator, but a coin toss decides which of two products it remembers."""
+        """The demonstrator, but a coin toss decides whether it remembers the product just seen."""
         return self.expert(seen, rng=rng)
 
     def expert(self, seen, fresh=False, rng=None):
-        """The demonstrator: looks at all products of the type, remembers the best, and buys it.
+        """The demonstrator: looks at products of the type until none can be better or the turns run
+        out, remembers the best, and buys it.
 
         Its state says what the product just seen has of what is wanted, then the same of the best
         product so far, then what is left of this page to look at, and how the page ends:
@@ -159,7 +159,7 @@ class World(Env):
             if int(product[5]) <= int(limit):
                 has.append("under")
             look = [product[1], *(word for word in wanted if word in has)]
-            switch = len(look) > len(best) if rng is None else rng.random() < 0.5
+            switch = (len(look) > len(best)) if rng is None else (rng.random() < 0.5)
             if product[2] == kind and switch:
                 best = look
         elif re.search(r"(next|end)$", info):

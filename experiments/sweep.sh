@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind the published tables (98; some 30 hours on two cores), two at a time. Interrupt it
-# as you like: started again, it says how many runs are left, and goes on where it stopped.
+# as you like: started again, it says how many runs are left, and goes on where it stopped. (The
+# published slow, stitched-slow, stitched-no-kl, all, step, format began from agents trained again.)
 #
 #     bash experiments/sweep.sh runs
 #     python experiments/tables.py runs/L4*-seed-? --plot assets/scaling.png
@@ -13,7 +14,7 @@ far="--eval-objectives 1 2 4 8 16 32 64"
 imitate="--demos oracle --ppo-steps 0 $far --agents"
 from_demos="--agents mem1 --start $out/L4-seed-SEED"
 
-runs() {  # lines of name|script|flags
+runs() {  # seeds|name|script|flags below; printed: name-seed-N|script|flags
     while IFS="|" read -r seeds name script flags; do
         for seed in $(fold -w1 <<< "$seeds"); do
             echo "$name-seed-$seed|$script|--seed $seed ${flags//SEED/$seed}"
@@ -73,4 +74,4 @@ train() {  # name|script|flags
 export -f train
 
 echo "$(left | wc -l) of $(runs | wc -l) runs left; logs: $out/*.log"
-left | xargs -P 2 -d "\n" -n 1 bash -c 'train "$1"' sweep
+left | xargs -r -P 2 -d "\n" -n 1 bash -c 'train "$1"' sweep

@@ -49,22 +49,22 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided, of n se
 def collect(paths):
     """Finished runs of one world as {"methods": {method: {seed: {objectives: measures}}}, "curves":
     {agent: {seed: [CURVES of each PPO iteration]}}, "meta": {run: ...}}."""
-    runs = [(Path(path), *load_run(path)) for path in paths]
-    sizes = []
-    for _, _, models in runs:
-        weights = next(iter(models.values()))["weights"]
-        sizes.append(sum(w.numel() for w in weights.values()))
-    same = {(cfg.env, cfg.around) for _, cfg, _ in runs}
-    if len(same) > 1:
-        raise ValueError("runs of different worlds, or with different --around")
-    one = dict(methods={}, curves={}, meta={})
-    for (path, cfg, _), size in zip(runs, sizes):
+    runs = []
+    for path in map(Path, paths):
+        cfg, models = load_run(path)
         if not (path / "results.json").is_file():
             raise ValueError(f"{path} is not finished; resume it by the script that began it")
+        weights = next(iter(models.values()))["weights"]
+        runs.append((path, cfg, sum(w.numel() for w in weights.values())))
+    if len({(cfg.env, cfg.around) for _, cfg, _ in runs}) > 1:
+        raise ValueError("runs of different worlds, or with different --around")
+    smallest = min(size for _, _, size in runs)
+    one = dict(methods={}, curves={}, meta={})
+    for path, cfg, size in runs:
         results = json.loads((path / "results.json").read_text())
         config = {name: value for name, value in vars(cfg).items() if name not in ("out", "start")}
         one["meta"][path.name] = {**results.pop("meta"), "config": config}
-        larger, seed = round(size / min(sizes)), str(cfg.seed)
+        larger, seed = round(size / smallest), str(cfg.seed)
         for method, cells in results.items():
             name = full_name(method, cfg, larger)
             mine = one["methods"].setdefault(name, {})
@@ -108,14 +108,13 @@ def exposures(paths):
 
 
 def report(methods, names):
-    """{title: markdown} of {method: {seed: {objectives: measures}}}: a table for each measure."""
-    cells = [row for seeds in methods.values() for row in seeds.values()]
-    horizons = sorted({int(n) for row in cells for n in row})
-    tables = {}
-    measured = next(iter(cells[0].values()))
-    for name in [name for name in MEASURES if name in measured]:
-        rows = [[f"`{m}`", *(mean(methods, m, n, name) for n in horizons)] for m in names]
-        tables[name] = markdown([name, *horizons], rows)
+    """A table of {method: {seed: {objectives: measures}}} for each of MEASURES."""
+    runs = [cells for seeds in methods.values() for cells in seeds.values()]
+    horizons = sorted({int(n) for cells in runs for n in cells})
+    tables = []
+    for name in MEASURES:
+        rows = [[f"`{m}`", *(mean(methods[m], n, name) for n in horizons)] for m in names]
+        tables.append(markdown([name, *horizons], rows))
     return tables
 
 
@@ -123,17 +122,16 @@ def summary(methods, horizons):
     """EM of {label: {seed: {objectives: measures}}} at some horizons, and the rest at 16."""
     rows = []
     for label, seeds in methods.items():
-        em = [mean(methods, label, n, "em") for n in horizons]
-        rest = [mean(methods, label, 16, name).partition(" ±")[0]
+        em = [mean(seeds, n, "em") for n in horizons]
+        rest = [mean(seeds, 16, name).partition(" ±")[0]
                 for name in ("peak", "dependency", "time", "malformed")]
         rows.append([label, len(seeds), *em, *rest])
     return markdown(["", "seeds", *(f"EM of {n}" for n in horizons), "peak at 16", "dependency",
                      "seconds", "malformed"], rows)
 
 
-def readme_table(one):
+def readme_table(methods):
     """The table in the README."""
-    methods = one["methods"]
     return summary({label: methods[name] for name, label in METHODS.items() if name in methods},
                    horizons=(2, 8, 16, 32))
 
@@ -150,7 +148,7 @@ def by_seed(methods, names):
     rows = []
     for method in names:
         for seed, cells in sorted(methods[method].items()):
-            em = [mean({method: {seed: cells}}, method, n, "em") for n in (2, 8, 16, 32, 64)]
+            em = [mean({seed: cells}, n, "em") for n in (2, 8, 16, 32, 64)]
             rows.append([f"`{method}`", seed, *em])
     return markdown(["em", "seed", 2, 8, 16, 32, 64], rows)
 
@@ -168,7 +166,7 @@ def ppo_table(curves):
 
 
 def comparison(methods, a, b):
-    """How a differs from b, paired by seed. No em / em where b has under 1/20 right: all noise."""
+    """How a differs from b, paired by seed. No em / em if b has at most 1/20 right on a seed."""
     seeds = sorted(set(methods.get(a, {})) & set(methods.get(b, {})))
     rows = []
     tested = [{int(n) for n in methods[x][seed]} for x in (a, b) for seed in seeds]
@@ -184,10 +182,10 @@ def comparison(methods, a, b):
     return markdown([f"`{a}` and `{b}`", *head], rows)
 
 
-def mean(methods, method, n, name):
-    """Mean over the seeds ± half of the 95% interval, as text."""
-    rows = [seed[str(n)] for seed in methods.get(method, {}).values() if str(n) in seed]
-    return interval([row[name] for row in rows], MEASURES[name])
+def mean(seeds, n, name):
+    """Mean of a measure at n objectives ± half of the 95% interval over {seed: cells}, as text."""
+    values = [cells[str(n)][name] for cells in seeds.values() if str(n) in cells]
+    return interval(values, MEASURES[name])
 
 
 def interval(values, form):
@@ -236,7 +234,7 @@ def plot_exposure(found, path):
     for axis, (around, agents) in zip(axes[0], found.items()):
         for agent in "mem1", "full", "full-list", "mem1-random-ppo":
             draw(axis, agents.get(agent, {}), "em", EXPOSURE[agent])
-        axis.axvline(int(around) + 2, color="grey", linestyle=":", label="most in training tasks")
+        axis.axvline(int(around) + 2, color="grey", linestyle=":", label="longest list in training")
         axis.set_title(f"L = {around}")
     axes[0, 0].set_ylabel("share of the questions answered")
     labels = [axis.get_legend_handles_labels() for axis in axes[0]]
@@ -287,7 +285,7 @@ def main(argv=None):
         return
     methods = one["methods"]
     names = [name for name in METHODS if name in methods] + sorted(set(methods) - set(METHODS))
-    tables = [readme_table(one), *report(methods, names).values()]
+    tables = [readme_table(methods), *report(methods, names)]
     tables += [comparison(methods, a, b) for a, b in COMPARED if a in methods and b in methods]
     print("\n\n".join([*tables, by_seed(methods, names), ppo_table(one["curves"])]))
 

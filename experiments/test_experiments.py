@@ -194,7 +194,7 @@ def test_a_run_is_paid_as_it_was_told_to(run, monkeypatch):
     out = run.parent / "all"
     rewards.main(["--reward", "all", *TINY, "--start", str(run), "--out", str(out)])
     assert ppo.turn_rewards.args == ("all",) and train.COMMAND.endswith("rewards.py --reward all")
-    with pytest.raises(SystemExit, match="was started with another"):
+    with pytest.raises(SystemExit, match="was not started with"):
         rewards.main(["--reward", "em", "--resume", "--out", str(out)])
     with pytest.raises(SystemExit, match="cannot be written"):
         rewards.main(["--reward", "em", "--start", str(run), *TINY, "--out", "/proc/run"])
@@ -251,7 +251,7 @@ def test_what_is_to_be_measured_on_a_gpu_runs_on_a_cpu_and_finds_a_sampler_that_
         assert part(args)
 
 
-@pytest.mark.skipif(os.environ.get("PROFILE") != "thorough", reason="starts five interpreters")
+@pytest.mark.skipif(os.environ.get("PROFILE") != "thorough", reason="starts four interpreters")
 def test_two_machines_under_torchrun_train_as_one_process(tmp_path):
     flags = "--preset debug --agents mem1 --primer-steps 8 --demos-steps 4 --device cpu".split()
     with socket.socket() as s:

@@ -14,34 +14,28 @@ import numpy as np
 from envs import NAMES, RELATIONS, ComposedQA, SearchIndex, words
 
 
-class KnowledgeBase:
-    """Facts {subject: {relation: object}} that all episodes share, and questions about them."""
-
-    def __init__(self, known, pages):
-        self.known = known
-        self.subjects = sorted(known)
-        self.engine = SearchIndex(pages)
-
-    def draw(self, n, hops, rng):
-        """n random questions [(subject, relations, path), ...], on different subjects."""
-        questions = []
-        for i in rng.permutation(len(self.subjects))[:n]:
-            start = subject = self.subjects[i]
-            relations, path = [], []
-            for _ in range(rng.integers(hops[0], hops[1] + 1)):
-                unused = [r for r in self.known[subject] if r not in relations]
-                relation = unused[rng.integers(len(unused))]
-                answer = self.known[subject][relation]
-                relations.append(relation)
-                path.append(f"{subject} {relation} {answer}")
-                subject = answer
-            questions.append((start, relations, path))
-        return questions
+def random_questions(facts, n, hops, rng):
+    """n questions [(subject, relations, path), ...] about facts, on different subjects."""
+    subjects = sorted(facts)
+    questions = []
+    for i in rng.permutation(len(subjects))[:n]:
+        start = subject = subjects[i]
+        relations, path = [], []
+        for _ in range(rng.integers(hops[0], hops[1] + 1)):
+            unused = [r for r in facts[subject] if r not in relations]
+            relation = unused[rng.integers(len(unused))]
+            answer = facts[subject][relation]
+            relations.append(relation)
+            path.append(f"{subject} {relation} {answer}")
+            subject = answer
+        questions.append((start, relations, path))
+    return questions
 
 
 @functools.cache
 def corpus():
-    """A small web that all episodes share: about 2300 pages of prose, near-duplicates among them.
+    """A small web that all episodes share, about 2300 pages of prose, near-duplicates among them:
+    (facts {subject: {relation: object}}, search engine).
 
     Some facts stand on the page of their subject only; a search for them says to open it.
     """
@@ -61,7 +55,7 @@ def corpus():
             fact = f"{subject} {relation} {answer}"
             for phrase in rng.choice(phrases, rng.integers(1, 4), replace=False):
                 pages.append((subject, f"{subject}: {phrase.format(fact)}"))
-    return KnowledgeBase(known, [pages[i] for i in rng.permutation(len(pages))])
+    return known, SearchIndex([pages[i] for i in rng.permutation(len(pages))])
 
 
 class World(ComposedQA):
@@ -78,7 +72,8 @@ class World(ComposedQA):
         self.tried = set()
 
     def compose(self, indices, hops, rng):
-        return corpus().draw(len(indices), hops, rng), corpus().engine
+        facts, engine = corpus()
+        return random_questions(facts, len(indices), hops, rng), engine
 
     def expert(self, seen, fresh=False):
         """The demonstrator, who opens a page if a search says to."""
@@ -99,6 +94,6 @@ class World(ComposedQA):
                 return []
         if query.startswith("page "):
             subject = query.split()[1]
-            facts = corpus().known.get(subject, {})
+            facts = corpus()[0].get(subject, {})
             return [", ".join(f"{subject} {r} {o}" for r, o in facts.items())] if facts else []
         return super().search(query)
