@@ -180,7 +180,7 @@ class ComposedQA(Env):
         subject, by relation, or by both.
 
         >>> env = ComposedQA(n_objectives=2, seed=3)
-        >>> env.answers_shown(" pupil jelo", " left=5 jelo pupil jero, milu pupil zupe")
+        >>> env.answers_shown(" pupil jelo", " left=5 jelo pupil jero, zupe neighbour veba")
         {('#64', 'jero')}
         """
         asked_for = set(words(query))

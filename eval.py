@@ -144,8 +144,8 @@ def trend(results):
     """The paper's headline, at the farthest horizon up to 16: mem1 against full context, before PPO
     or after, whichever is better.
 
-    >>> trend({"mem1": {"2": dict(em=1.8, peak=50)}, "full": {"2": dict(em=0.6, peak=120)},
-    ...        "full-demos": {"2": dict(em=0.9, peak=100)}})[:91]
+    >>> trend({"mem1": {"2": dict(em=1.8, peak=50)}, "full-demos": {"2": dict(em=0.9, peak=100)},
+    ...        "full": {"2": dict(em=0.6, peak=120), "32": dict(em=1.2, peak=900)}})[:91]
     'at 2 objectives mem1 answers 1.80, full context 0.90: 2.0 times the accuracy, with 1/2.0 of'
     """
     full = [results[name] for name in ("full-demos", "full") if name in results]

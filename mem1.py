@@ -64,7 +64,13 @@ class Tokenizer:
         self.add([])  # builds the encoding
 
     def add(self, words):
-        """Append words to the vocabulary; no existing token changes its id."""
+        """Append words to the vocabulary; no existing token changes its id.
+
+        >>> more = Tokenizer(envs.WORDS)
+        >>> more.add(["jelo", "wool"])
+        >>> more.encode_ordinary(" jelo wool") == [*ENC.encode_ordinary(" jelo"), ENC.n_vocab]
+        True
+        """
         for word in words:
             self.ranks.setdefault(b" " + word.encode(), len(self.ranks) + len(self.tags))
         # A word, punctuation or white space; words and punctuation include one space before them.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -85,11 +85,16 @@ def test_the_demonstrator_succeeds_in_both_contexts_and_only_with_memory(name, n
 @settings(deadline=None, derandomize=True, database=None, max_examples=50)
 @given(st.sampled_from(NAMES), st.text(), st.text(), st.integers(1, 5),
        st.sampled_from(["query", "answer", "malformed", "", "reset"]))
-def test_no_action_crashes_a_world(name, first, second, n, kind):
+@example("qa", " jelo heir" * 10**5, " #1 jelo" * 10**5, 2, "answer")
+@example("qa", "<end> \n\x00\ud800", envs.entries(dict(make("qa", 2, 2).golds)), 2, "malformed")
+def test_no_action_crashes_a_world_and_only_an_answer_is_paid(name, first, second, n, kind):
     env = make(name, n, n)
     env.step("query", first)
     assert len(env.step(kind, second)) < 500
-    assert env.done == (kind != "query") and 0 <= env.em <= n
+    assert env.done == (kind != "query") and 0 <= env.em <= (n if kind == "answer" else 0)
+    while not env.done:
+        env.step("query", first)
+    assert kind != "query" or env.turn == env.max_turns
 
 
 def test_the_web_is_shared_and_asks_for_second_tries_and_opened_pages():
