@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the published tables (98; some 30 hours on two cores), two at a time. Interrupt it
-# as you like: started again, it says how many runs are left, and goes on where it stopped. (The
+# The runs behind the published tables, and 15 open ones (98; some 30 hours on two cores), two at a
+# time. Interrupt it as you like: started again, it says how many are left, and goes on. (The
 # published slow, stitched-slow, stitched-no-kl, all, step, format began from agents trained again.)
 #
 #     bash experiments/sweep.sh runs

@@ -234,7 +234,8 @@ def plot_exposure(found, path):
     for axis, (around, agents) in zip(axes[0], found.items()):
         for agent in "mem1", "full", "full-list", "mem1-random-ppo":
             draw(axis, agents.get(agent, {}), "em", EXPOSURE[agent])
-        axis.axvline(int(around) + 2, color="grey", linestyle=":", label="longest list in training")
+        axis.axvline(int(around) + 2, color="grey", linestyle=":",
+                     label="longest list in training tasks")
         axis.set_title(f"L = {around}")
     axes[0, 0].set_ylabel("share of the questions answered")
     labels = [axis.get_legend_handles_labels() for axis in axes[0]]
