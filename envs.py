@@ -38,8 +38,8 @@ def keyed_rng(seed, stream, step, episode, what=0):
     """The generator of one thing: what it draws depends on its key and on nothing else.
 
     `what` tells several draws of one episode apart: 0 the task, 1 which piece of it is the agent's,
-    its turn budget and its history, 2 the agent's or the demonstrator's choices, 3 the
-    shuffling of minibatches.
+    its turn budget and its history, 2 the agent's or the demonstrator's choices, 3 the shuffling of
+    minibatches.
     """
     return np.random.default_rng([seed, stream, step, episode, what])
 

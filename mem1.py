@@ -397,7 +397,7 @@ def write(model, cache, hidden, caps, uniform):
         if n_writing <= 0.75 * cache.B:  # drop finished rows: up to 1.8 times as fast
             moved = cache.compact(writing)
             order[: len(moved)] = row[moved]
-            writing = writing[moved][: cache.B]
+            writing = writing[moved][: cache.B]  # (cache.B,)
         # Finished rows that are still in the batch become padding: their tokens take no slot.
         cache.reserve(1, writing.long())
         hidden = model(ids[order[: cache.B], t, None], cache)[:, 0]  # (cache.B, C)

@@ -91,7 +91,7 @@ class Block(nn.Module):
         for linear, gain in (self.qkv, 1.0), (self.proj, 0.3), (self.up, 1.0), (self.down, 0.3):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
         # A head start for lookup (after arXiv 2305.09828): queries match similar keys, and what is
-        # read is passed on roughly unchanged. (So proj's own draw above is replaced.)
+        # read is passed on roughly unchanged. (proj's draw above only keeps the random stream.)
         q, k, v = self.qkv.weight.data.chunk(3)  # each (C, C)
         k.copy_(q)
         self.proj.weight.data.copy_(0.3 * v.T)

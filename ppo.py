@@ -34,10 +34,8 @@ from mem1 import exercise, keep_all, make_rows, memory_recall, predict, rollout,
 
 
 def update(model, optimizer, reference, environments, policy, cfg, step):
-    """One PPO iteration on this process's `environments`. Returns what to log.
-
-    reference: the imitated model, frozen; policy: the context policy.
-    """
+    """One PPO iteration on this process's `environments`, under a context policy. Returns what to
+    log. reference: the imitated model, frozen."""
     raw = getattr(model, "module", model)  # without its DDP wrapper
     weight = raw.emb.weight  # the tensors made below have its dtype and device
     device = weight.device
@@ -77,7 +75,6 @@ def update(model, optimizer, reference, environments, policy, cfg, step):
             n_tokens, n_reading = token_count(batch, device), token_count(reading, device)
             final = (reading or batch)[-1]
             optimizer.zero_grad()
-
             for rows in batch:
                 with no_sync(model, unless=rows is final):
                     rows = rows.to(device)
@@ -202,8 +199,8 @@ def token_rewards(earned, turn_ends, old_logp, ref_logp, kl_coef):
     r_t = [t ends turn j] R_j - kl_coef (log pi_old(a_t) - log pi_ref(a_t))
 
     The second term is the one-sample ("k1") estimate of KL(pi || ref), not clamped at 0, since
-    then its gradient, as a reward, is that of the KL. earned (J,) has one entry per turn; turn_ends
-    (M,) is True at the last token of each turn.
+    as a reward it gives an unbiased gradient of the KL. earned (J,) has one entry per turn;
+    turn_ends (M,) is True at the last token of each turn.
 
     >>> ends, old = torch.tensor([False, True]), torch.tensor([-0.5, -0.5])
     >>> token_rewards(torch.tensor([1.0]), ends, old, torch.tensor([-1.0, -0.5]), kl_coef=0.1)

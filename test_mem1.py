@@ -517,11 +517,11 @@ def slow_update(gpt, reference, cfg, step):
     for epoch in range(cfg.ppo_epochs):
         for chosen in ppo.minibatches(cfg, step, epoch):
             logp, value, entropy = dense(gpt, [trajs[e] for e in chosen])
-            here = torch.isin(episode, tensor(chosen))
-            ratio = (logp - old_logp[here]).exp()
-            gain = torch.minimum(ratio * white[here], ratio.clamp(0.8, 1.2) * white[here])
+            in_batch = torch.isin(episode, tensor(chosen))
+            ratio = (logp - old_logp[in_batch]).exp()
+            gain = torch.minimum(ratio * white[in_batch], ratio.clamp(0.8, 1.2) * white[in_batch])
             number = cfg.demos_steps + step * cfg.ppo_epochs * cfg.ppo_minibatches + len(stats)
-            loss = ((value - ret[here]).square() / 2 - gain).mean()
+            loss = ((value - ret[in_batch]).square() / 2 - gain).mean()
             loss -= cfg.primer_coef * dense(gpt, ppo.exercises(cfg, number))[0].mean()
             norm = descend(gpt, loss)
             stats.append(stack([ratio - 1 - ratio.log(), (ratio - 1).abs() > 0.2, entropy]))

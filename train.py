@@ -261,7 +261,7 @@ def steps_left(cfg, kind, agent, numbers):
 
 
 def on_signal(handler):
-    """Let handler handle SIGINT, SIGTERM and SIGHUP, unless they are ignored, as under nohup."""
+    """Call `handler` on SIGINT, SIGTERM and SIGHUP, unless they are ignored, as under nohup."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -293,8 +293,9 @@ def training_task(cfg, agent, stream, step, i):
         after = int(rng.integers(most - before - n + 1))
     env = envs.world(cfg.env)(before + n + after, cfg.hops, [cfg.seed, stream, step, i, 0])
 
-    # The turn budget. If questions follow: what the agent's own allow. Else the whole task's; in
-    # some demonstrations less, to show what to do then; often more, to show every "left=".
+    # The turn budget. If questions follow: turns_per_hop for each hop of the agent's own. Else the
+    # whole task's; in some demonstrations less, to show what to do then; often more, to show every
+    # "left=".
     questions = envs.read_questions(env.prompt)
     needed = [len(relations) * env.turns_per_hop for _, _, relations, _ in questions]
     played = sum(needed[:before])  # turns allowed for the history

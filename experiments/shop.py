@@ -132,8 +132,7 @@ class World(Env):
         return self.expert(seen, rng=rng)
 
     def expert(self, seen, fresh=False, rng=None):
-        """The demonstrator: looks at products of the type until none can be better or the turns run
-        out, remembers the best, and buys it.
+        """The demonstrator: looks at products of the type, remembers the best, and buys it.
 
         Its state says what the product just seen has of what is wanted, then the same of the best
         product so far, then what is left of this page to look at, and how the page ends:

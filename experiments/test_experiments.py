@@ -217,6 +217,7 @@ def test_tables_put_runs_side_by_side_and_refuse_what_is_no_run(run, tmp_path, c
 
     (tmp_path / "none.json").write_text("{}")
     (again / "results.json").unlink()
+    torch.save({**state, "models": {}}, again / "checkpoint.pt")  # has just begun
     for bad in run / "results.json", tmp_path / "none.json", again, tmp_path, f"{run} {run}":
         with pytest.raises(SystemExit):
             tables.main(str(bad).split())
