@@ -328,7 +328,7 @@ def oracle_notes(prompt, seen="", fresh=False):
     >>> oracle_notes(" #64 : jelo pupil .", seen)
     ('jelo pupil jero .', 'answer', '#64 jero')
     """
-    query, info = ([("", "")] + re.findall(r"<query>(.*?)<end><info>([^<]*)", seen))[-1]
+    info = seen.rpartition("<info>")[2]  # the last result; "" in the first turn
     answers = read_answers(seen)
     questions = read_questions(prompt)
     # What is still open of the current question: the last state says so.
@@ -336,7 +336,7 @@ def oracle_notes(prompt, seen="", fresh=False):
 
     # What did the last search find? If anything, one hop of the current question is done.
     found = []
-    if query and relations:
+    if relations:
         match = re.search(rf"(?<!\S){re.escape(f'{subject} {relations[0]}')} ({WORD})", info)
         if match:
             found = [match[0]]
@@ -378,9 +378,9 @@ def random_notes(rng, seen, state, kind, text):
     found, _, listed = state.partition(LIST)
     question = re.search(r"#\d+ :.*|$", listed)[0]  # an answer has none
     index = ([""] + re.findall(r"(#\d+) :", seen))[-1]
-    info = ([""] + re.findall("<info>([^<]*)", seen))[-1]
+    info = seen.rpartition("<info>")[2]
     in_view = [word for word in words(info) if word in NAMES]
-    if in_view and not question.startswith(f"{index} "):
+    if index and in_view and not question.startswith(f"{index} "):
         answers[index] = str(rng.choice(in_view))
     if kind == "query":
         parts = [found.strip(), LIST, entries(answers), question]
@@ -441,6 +441,9 @@ def exercise_text(rng, longest, more=()):
     def some_of(pool, k):  # k different ones
         return [pool[i] for i in rng.choice(len(pool), k, replace=False)]
 
+    def shuffled(pool):
+        return [pool[i] for i in rng.permutation(len(pool))]
+
     n = int(rng.integers(2, longest + 1))
     keys = some_of(INDICES, n)
     values = [one_of(names) for _ in keys]
@@ -469,17 +472,17 @@ def exercise_text(rng, longest, more=()):
         target = [([*listed, sections[order[-1]]], True)]
     elif skill == "recall":  # the values of some keys
         text = pairs
-        lookups = [(keys[i], values[i]) for i in rng.permutation(n)[:8]]
+        lookups = shuffled([*zip(keys, values)])[:8]
     elif skill == "section":  # the sections of some keys
         text = [keys[0], *sections]
-        lookups = [(keys[i], sections[i]) for i in rng.permutation(n)[:4]]
+        lookups = shuffled([*zip(keys, sections)])[:4]
     else:  # fact, note: the value of a fact, given its first two words ...
         subjects = some_of(names, max(2, n // 3))
         relations = some_of(RELATIONS, 3)
         facts = [(f"{s} {r}", one_of(names)) for s in subjects for r in relations]
-        facts = [facts[i] for i in rng.permutation(len(facts))[:n]]
+        facts = shuffled(facts)[:n]
         text = [f"{head} {value}," for head, value in facts]
-        lookups = [facts[i] for i in rng.permutation(len(facts))[:8]]
+        lookups = shuffled(facts)[:8]
         if skill == "note":  # ... or, for any index, one of the values of the first three facts
             text = text[:3]
             lookups = [(key, one_of(facts[:3])[1]) for key in keys[:8]]

@@ -28,7 +28,7 @@ import torch
 import envs
 import ppo
 from envs import Stream, keyed_rng
-from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout, visible_context
+from mem1 import ENC, IS, POLICIES, expert, keep_last, rollout
 from model import GPT, GPTConfig
 
 SEED = 1  # of validation and test episodes; those of seed 0 were seen while settings were chosen
@@ -135,7 +135,7 @@ def table(models, cfg, chosen, episodes, log):
         for n in cfg.eval_objectives:
             n_episodes = min(episodes, CELL_QUESTIONS // n)
             r = measure(model, policy, cfg, n, n_episodes, Stream.TEST, sampled)
-            results[name][str(n)] = r
+            results[name][n] = r
             log(f"{name:23s} {n:3d}" + "".join(f"{r[key]:11.2f}" for key in measured))
     return results
 
@@ -144,16 +144,16 @@ def trend(results):
     """The paper's headline, at the farthest horizon up to 16: mem1 against full context, before PPO
     or after, whichever is better.
 
-    >>> trend({"mem1": {"2": dict(em=1.8, peak=50)}, "full-demos": {"2": dict(em=0.9, peak=100)},
-    ...        "full": {"2": dict(em=0.6, peak=120), "32": dict(em=1.2, peak=900)}})[:91]
+    >>> trend({"mem1": {2: dict(em=1.8, peak=50)}, "full-demos": {2: dict(em=0.9, peak=100)},
+    ...        "full": {2: dict(em=0.6, peak=120), 32: dict(em=1.2, peak=900)}})[:91]
     'at 2 objectives mem1 answers 1.80, full context 0.90: 2.0 times the accuracy, with 1/2.0 of'
     """
     full = [results[name] for name in ("full-demos", "full") if name in results]
-    n = max((int(n) for cells in full for n in cells if int(n) <= 16), default=None)
+    n = max((n for cells in full for n in cells if n <= 16), default=None)
     if n is None or "mem1" not in results:
         return "no comparison: that needs mem1 and full, at 16 objectives or fewer"
-    a = results["mem1"][str(n)]
-    b = max((cells[str(n)] for cells in full), key=lambda cell: cell["em"])
+    a = results["mem1"][n]
+    b = max((cells[n] for cells in full), key=lambda cell: cell["em"])
     times = f": {a['em'] / b['em']:.1f} times the accuracy" if b["em"] else ""
     return (f"at {n} objectives mem1 answers {a['em']:.2f}, full context {b['em']:.2f}{times}, "
             f"with 1/{b['peak'] / a['peak']:.1f} of the peak tokens (paper: 3.5, 1/3.7)")
@@ -168,15 +168,15 @@ def show_change(models, cfg):
     first = next((e for e, traj in enumerate(played["mem1-demos"]) if traj.reward < 1), 0)
     for name, trajs in played.items():
         print(f"--- {name}")
-        show(trajs[first], keep_last)
+        show(trajs[first])
 
 
-def show(traj, policy):
+def show(traj):
     """Print an episode turn by turn: `-` pruned since the last turn, `=` read, `+` written now."""
     print(f"task   {ENC.decode(traj.prompt)}")
     before = []
     for t, turn in enumerate(traj.turns):
-        read = visible_context(traj.env, policy, traj.turns[:t])
+        read = turn.context[len(traj.prompt) : -1]  # all but its <IS>
         pruned = []
         for op, a, b, _, _ in difflib.SequenceMatcher(None, before, read, False).get_opcodes():
             if op != "equal":
@@ -229,10 +229,10 @@ def main(argv=None):
         return
     for name in chosen:
         model, policy, sampled = load_method(models, name, cfg.device)
-        for n in args.objectives or [min(4, envs.longest_horizon(cfg))]:
+        for n in args.objectives or [4]:
             print(f"--- {name}, {n} objectives")
             for traj in play(model, policy, cfg, n, range(args.show), Stream.TEST, sampled):
-                show(traj, policy)
+                show(traj)
 
 
 def settings(args):

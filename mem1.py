@@ -137,18 +137,19 @@ class Trajectory:
     env: object
     prompt: list  # the task; every turn sees it
     turns: list = field(default_factory=list)
+    rng: object = None  # what the agent samples with; None: greedy
     seconds: float = 0.0  # wall time of its batch, divided by the episodes in it
 
     def next_context(self, policy):
         """What the agent sees before it writes its next turn."""
         return [*self.prompt, *visible_context(self.env, policy, self.turns), IS]
 
-    def add_turn(self, context, written, logp=(), value=()):
-        """Record a turn, and step the environment."""
+    def add_turn(self, context, written, *sampled):
+        """Record a turn, and step the environment. sampled: logp and value, if the agent wrote."""
         kind, _, text = parse(written)
         observation = self.env.step(kind, text)
         info = [] if self.env.done else [INFO, *ENC.encode_ordinary(observation)]
-        self.turns.append(Turn(context, written, info, list(logp), list(value)))
+        self.turns.append(Turn(context, written, info, *sampled))
 
     @property
     def reward(self):
@@ -302,53 +303,56 @@ def rollout(model, environments, policy, rngs=None, batch=64):
     rngs   one numpy Generator per episode, so that an episode is the same whatever runs beside it;
            None: greedy, always the likeliest token
     """
-    trajs = [Trajectory(env, prompt_ids(env)) for env in environments]
-    pairs = zip(trajs, rngs or [None] * len(trajs), strict=True)
-    pairs = sorted(pairs, key=lambda pair: len(pair[0].prompt))  # little padding
-    for i in range(0, len(pairs), batch):
-        group, group_rngs = zip(*pairs[i : i + batch])
-        rollout_batch(model, group, policy, group_rngs)
+    rngs = rngs or [None] * len(environments)
+    trajs = [Trajectory(env, prompt_ids(env), rng=rng)
+             for env, rng in zip(environments, rngs, strict=True)]
+    by_length = sorted(trajs, key=lambda traj: len(traj.prompt))  # little padding
+    for i in range(0, len(trajs), batch):
+        rollout_batch(model, by_length[i : i + batch], policy)
     return trajs
 
 
 @torch.no_grad()
-def rollout_batch(model, trajs, policy, rngs):
-    """Play some trajectories to their ends, side by side. rngs: one each, or all None: greedy."""
+def rollout_batch(model, trajs, policy):
+    """Play some trajectories to their ends, side by side: all sampled, or all greedy."""
     weight = model.emb.weight
     started = time.perf_counter()
     cache = Cache(model, len(trajs))
     feed(model, cache, [traj.prompt for traj in trajs])  # read once an episode
     cache.keep_prompt()
-    fed = [[*traj.prompt, IS] for traj in trajs]  # all but the last token of each is in the cache
-    live = list(range(len(trajs)))  # live[b]: the episode in row b of the cache
+    live = list(trajs)  # live[b]: the episode in row b of the cache
     while live:
         # 1. Bring each context up to date. Where something is pruned, all but the prompt is
         # forgotten, and what was kept is fed in again; otherwise only what is new.
-        contexts = [trajs[e].next_context(policy) for e in live]
+        contexts = [traj.next_context(policy) for traj in live]
         pruned, pending = [], []
-        for e, context in zip(live, contexts):
-            pruned.append(context[: len(fed[e])] != fed[e])
-            start = len(trajs[e].prompt) if pruned[-1] else len(fed[e]) - 1
+        for b, (traj, context) in enumerate(zip(live, contexts)):
+            start = len(traj.prompt)
+            if traj.turns:
+                fed = traj.turns[-1].context + traj.turns[-1].written
+                if context[: len(fed)] == fed:
+                    start = len(fed) - 1  # the cache holds all of it but the last token
+                else:
+                    pruned.append(b)
             pending.append(context[start:])
-        cache.rollback(torch.tensor(pruned, device=weight.device))
+        cache.rollback(pruned)
         hidden = feed(model, cache, pending)  # (B, C)
 
         # 2. Every episode writes a turn, and draws as many numbers as its own cap, used or not.
-        caps = [turn_cap(trajs[e].env) for e in live]
+        caps = [turn_cap(traj.env) for traj in live]
         uniform = None
-        if rngs[0] is not None:
-            draws = [1 - rngs[e].random(cap) for e, cap in zip(live, caps)]  # in (0, 1]
+        if live[0].rng is not None:
+            draws = [1 - traj.rng.random(cap) for traj, cap in zip(live, caps)]  # in (0, 1]
             uniform = padded(draws).to(weight)  # (B, max cap)
         written, order = write(model, cache, hidden, caps, uniform)
 
         # 3. The environments respond; finished episodes leave the batch.
-        for e, context, (ids, logp, value) in zip(live, contexts, written):
-            trajs[e].add_turn(context, ids, logp, value)
-            fed[e] = context + ids
+        for traj, context, (ids, logp, value) in zip(live, contexts, written):
+            traj.add_turn(context, ids, logp, value)
         live = [live[b] for b in order]  # write() has moved rows
-        going = [not trajs[e].env.done for e in live]
+        going = [not traj.env.done for traj in live]
         cache.compact(torch.tensor(going, device=weight.device))
-        live = [e for e in live if not trajs[e].env.done]
+        live = [traj for traj in live if not traj.env.done]
     seconds = (time.perf_counter() - started) / len(trajs)
     for traj in trajs:
         traj.seconds = seconds
@@ -434,7 +438,9 @@ class Rows:
     task, S <IS>, Q a query, I an info, and 1 stands where the token is trained:
 
     >>> for policy in keep_last, keep_all:
-    ...     print(picture(sketch(policy, turns=3)))
+    ...     for ids, loss_mask in merged_turns(sketch(policy, turns=3)):
+    ...         print(*["TSQAIE"[TAG_IDS.index(token)] for token in ids])
+    ...         print(*map(int, loss_mask))
     T S Q I S Q
     0 0 1 0 0 1
     T S Q I S Q
@@ -483,16 +489,12 @@ def make_rows(trajs, budget=8192, which=None):
     if not rows:
         rows = [([IS], [False], torch.arange(0))]
     rows.sort(key=lambda row: -len(row[0]))  # rows of like length side by side: little padding
-    groups = []
-    for row in rows:
-        if not groups or (len(groups[-1]) + 1) * width > budget:
-            groups.append([])
-            width = len(row[0])  # the first row of a group is its longest
-        groups[-1].append(row)
     batch = []
-    for group in groups:
-        ids, loss_mask, place = zip(*group)
+    while rows:
+        n = max(1, budget // len(rows[0][0]))  # rows[0] is the longest that is left
+        ids, loss_mask, place = zip(*rows[:n])
         batch.append(Rows(padded(ids), padded(loss_mask), torch.cat(place)))  # (B, T) twice, (m,)
+        rows = rows[n:]
     return batch
 
 
@@ -518,12 +520,3 @@ def sketch(policy, turns):
     for _ in range(turns):
         traj.turns.append(Turn(traj.next_context(policy), [QUERY], [INFO]))
     return traj
-
-
-def picture(traj):
-    """The rows of a trajectory as text: a letter for each token, 1 below it if it is trained."""
-    lines = []
-    for ids, loss_mask in merged_turns(traj):
-        lines.append(" ".join("TSQAIE"[TAG_IDS.index(token)] for token in ids))
-        lines.append(" ".join(str(int(is_trained)) for is_trained in loss_mask))
-    return "\n".join(lines)

@@ -177,12 +177,10 @@ class Cache:
         self.prompt_n = self.n.clone()  # (B,)
         self.prompt_tail = self.tail.clone()  # (n_layer, B, 3, 2C+nh)
 
-    def rollback(self, pruned):
-        """Forget all but the prompt in the rows where `pruned` (B,) is True."""
-        B = self.B
-        self.n[:B] = torch.where(pruned, self.prompt_n[:B], self.n[:B])  # (B,)
-        pruned = pruned[:, None, None]
-        self.tail[:, :B] = torch.where(pruned, self.prompt_tail[:, :B], self.tail[:, :B])
+    def rollback(self, rows):
+        """Forget all but the prompt in some rows, a list of their numbers."""
+        self.n[rows] = self.prompt_n[rows]
+        self.tail[:, rows] = self.prompt_tail[:, rows]
 
     def compact(self, stay):
         """Continue with only the rows where `stay` (B,) is True, moved to the front.
@@ -214,9 +212,10 @@ class Cache:
         if self.L > have:
             room = max(self.L, have + have // 128 * 16)  # by an eighth, if that is more
             self.kv = F.pad(self.kv[:, : self.rows], (0, 0, 0, room - have))
+        self.row = torch.arange(B, device=device)[:, None]  # (B, 1)
         self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
-        visible = torch.arange(self.L, device=device) <= self.slots[..., None]  # (B, T, L)
-        self.attn_mask = visible[:, None]  # (B, 1, T, L)
+        key = torch.arange(self.L, device=device)  # (L,)
+        self.attn_mask = key <= self.slots[:, None, :, None]  # (B, 1, T, L)
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = real[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += real
@@ -227,15 +226,13 @@ class Cache:
         tail, C2 = self.tail[layer, : self.B], h.size(2)
         clock = clock + tail[:, -1:, C2:]  # (B, T, nh)
         wide = torch.cat([tail, torch.cat([h, clock], 2)], 1)  # (B, 3+T, 2C+nh)
-        last = self.last[..., None].expand(-1, -1, wide.size(2))  # (B, 3, 2C+nh)
-        self.tail[layer, : self.B] = wide.gather(1, last)
+        self.tail[layer, : self.B] = wide[self.row, self.last]  # (B, 3, 2C+nh)
         return wide[..., :C2], clock
 
     def append(self, layer, k, v):
         """Write k, v (B, nh, T, hs) of a layer. Returns what is to be attended to: all keys, all
         values (B, nh, L, hs), and which of them each new token sees (B, 1, T, L)."""
         kv = self.kv[layer, : self.B]  # (B, 2, nh, slots, hs)
-        row = torch.arange(self.B, device=k.device)[:, None]  # (B, 1)
         new = torch.stack([k, v], 1).to(kv.dtype)  # (B, 2, nh, T, hs)
-        kv.transpose(1, 3)[row, self.slots] = new.transpose(1, 3)  # (B, T, nh, 2, hs)
+        kv.transpose(1, 3)[self.row, self.slots] = new.transpose(1, 3)  # (B, T, nh, 2, hs)
         return *kv[..., : self.L, :].unbind(1), self.attn_mask

@@ -269,7 +269,7 @@ def test_model_cache_and_sampling_make_no_tensor_on_another_device(monkeypatch):
         gpt, one, uniform = GPT(GPTConfig(9)), ones(3, dtype=torch.long), rand(3)
     cache = Cache(gpt, 3)
     cache.keep_prompt()
-    cache.rollback(one > 0)
+    cache.rollback([0, 2])
     cache.reserve(1, one)
     x = gpt(one[:, None], cache)[:, 0]
     assert mem1.sample(gpt.logits(x), uniform)[0].is_meta
@@ -803,11 +803,11 @@ def test_what_the_readme_names_exists_and_its_table_is_what_was_measured():
 
 MUTANTS = [  # function, a snippet of it, what replaces the snippet, beginning of the test's name
     ("model.Block.forward", "is_causal=attn_mask is None", "is_causal=False", "sampler"),
-    ("model.Cache.reserve", "<= self.slots[..., None]", ">= 0 * self.slots[..., None]", "sampler"),
+    ("model.Cache.reserve", "<= self.slots[:, None,", ">= 0 * self.slots[:, None,", "sampler"),
     ("model.Cache.rollback", "self.prompt_tail[:,", "self.tail[:,", "sampler"),
     ("model.Cache.extend", "+ tail[:, -1:, C2:]", "", "sampler"),
     ("mem1.predict", "x[:, :-1]", "x[:, 1:]", "sampler"),
-    ("mem1.rollout_batch", "len(fed[e]) - 1", "len(fed[e])", "sampler"),
+    ("mem1.rollout_batch", "len(fed) - 1", "len(fed)", "sampler"),
     ("mem1.merged_turns", "[False]", "[True]", "rows_show"),  # read tokens are trained
     ("mem1.merged_turns", "or turn.context[: len(rows[-1][0])] !=", "or None is", "rows_show"),
     ("mem1.Trajectory.add_turn", "Turn(context, written", "Turn(context, ENC.encoding.encode("

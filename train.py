@@ -537,20 +537,20 @@ def configure(given):
         require(not (Path(cfg.out) / "checkpoint.pt").exists(),
                 f"--out {cfg.out} holds a run already: add --resume, or choose another")
 
-    gpus = torch.cuda.device_count()
+    gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
     if cfg.device == "auto":
         cfg.device = "cuda" if gpus else "cpu"
     require(gpus or cfg.device == "cpu", "--device cuda: torch finds no GPU here; try --device cpu")
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cfg.device == "cuda" else "float32"
-    cfg.micro_batch = cfg.micro_batch or (65536 if cfg.device == "cuda" else 1024)
-    available = gpus if cfg.device == "cuda" else os.cpu_count()
+        cfg.dtype = "bfloat16" if gpus else "float32"
+    cfg.micro_batch = cfg.micro_batch or (65536 if gpus else 1024)
+    available = gpus or os.cpu_count()
     if dist.is_torchelastic_launched():  # by torchrun, or by launch()
         cfg.nproc = int(os.environ["WORLD_SIZE"])
         require(cfg.device == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus,
                 f"expected at most {gpus} processes on this machine, one per GPU")
     else:
-        cfg.nproc = cfg.nproc or (available if cfg.device == "cuda" else min(4, available))
+        cfg.nproc = cfg.nproc or gpus or min(4, available)
         require(cfg.nproc <= available, f"--nproc {cfg.nproc}: expected 1 to {available}")
     check(cfg)
 

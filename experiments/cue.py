@@ -7,7 +7,7 @@ next one replaces it in view. The demonstrator's episode (- pruned, = read, + wr
 
     >>> from eval import show
     >>> from mem1 import expert_rollout, keep_last
-    >>> show(expert_rollout(World(2, seed=[1]), keep_last), keep_last)
+    >>> show(expert_rollout(World(2, seed=[1]), keep_last))
     task   <task> .
     turn 1
          + <IS><query><end>
