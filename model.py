@@ -214,8 +214,8 @@ class Cache:
             self.kv = F.pad(self.kv[:, : self.rows], (0, 0, 0, room - have))
         self.row = torch.arange(B, device=device)[:, None]  # (B, 1)
         self.slots = self.n[:B, None] + torch.arange(T, device=device)  # (B, T), of the new tokens
-        key = torch.arange(self.L, device=device)  # (L,)
-        self.attn_mask = key <= self.slots[:, None, :, None]  # (B, 1, T, L)
+        every_slot = torch.arange(self.L, device=device)  # (L,)
+        self.attn_mask = every_slot <= self.slots[:, None, :, None]  # (B, 1, T, L)
         # Of the three inputs before and the T new ones, the last three real ones: (B, 3).
         self.last = real[:, None] + torch.arange(WIDTH - 1, device=device)
         self.n[:B] += real
