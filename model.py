@@ -179,6 +179,7 @@ class Cache:
 
     def rollback(self, rows):
         """Forget all but the prompt in some rows, a list of their numbers."""
+        rows = torch.tensor(rows, dtype=torch.long, device=self.n.device)  # copied once
         self.n[rows] = self.prompt_n[rows]
         self.tail[:, rows] = self.prompt_tail[:, rows]
 

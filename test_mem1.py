@@ -730,7 +730,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(finished, at, is_cut_off):
 --eval-objectives 500: eval-objectives; --preset cpu --ppo-minibatches 129: ppo-minibatches
 --nproc 999: nproc; --out /proc/run: /proc/run; --hops 1 1 --objectives 1 81: 1 to 80
 --around x: around; --gamma 1.1: gamma; --clip 1: clip; --ppo-lr 2: ppo-lr; --ppo-lr nan: ppo-lr
---workers 9999999: workers; --out "": a directory; --out {}: holds a run already
+--workers 9999999: workers; --out "": a directory; --out {}: holds a run; --agents full full: once
 --resume --out {} --seed 7: drop the flag; --resume --out {}/none: checkpoint.pt
 --resume --out {}/unknown: another train.py; --resume --out {}/wide: size; {}/foreign: contents
 {}/malicious: checkpoint.pt; {}/early: no agent; {} --episodes 0: --episodes; {} --show 0: --show

@@ -581,6 +581,7 @@ def check(cfg):
     for name in "objectives", "hops":
         value = getattr(cfg, name)
         require(len(value) == 2 and value[0] <= value[1], f"--{name} {value}: expected e.g. 1 2")
+    require(len(set(cfg.agents)) == len(cfg.agents), "--agents: expected each once")
     require(cfg.n_embd % cfg.n_head == 0 and cfg.n_embd >= 4 * cfg.n_head,
             f"--n-embd {cfg.n_embd} --n-head {cfg.n_head}: expected 4 or more channels per head")
     require(cfg.ppo_steps or not cfg.start, "--start: PPO only, so not with --ppo-steps 0")
@@ -626,8 +627,9 @@ def main(argv):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-        dist.barrier()  # all have seen that --out is free before one writes there
     try:
+        if dist.is_initialized():
+            dist.barrier()  # all have seen that --out is free before one writes there
         with locked(cfg.out):
             train(cfg)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
