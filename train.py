@@ -610,8 +610,9 @@ def launch(cfg, argv):
         sys.exit(128 + error.sigval)
     except elastic.errors.ChildFailedError as error:
         codes = sorted({failure.exitcode for failure in error.failures.values()})
-        if 0 < codes[0] < LOST:
-            sys.exit(codes[0])  # it has said why, and the launcher ended the others
+        said_why = [code for code in codes if 0 < code < LOST]
+        if said_why:
+            sys.exit(said_why[0])  # the launcher ended the others
         sys.exit(f"train.py: a process died (exit codes {codes}); {resume_hint(cfg)}")
 
 
@@ -641,9 +642,11 @@ def main(argv):
         if dist.is_initialized():
             os._exit(1)  # without waiting for the others
         sys.exit(1)
-    except RuntimeError as error:  # of gloo, or DistError of NCCL: another process is gone
-        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
-            raise
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):  # else another process is gone
+            if not isinstance(error, dist.DistError):
+                raise
+            print(f"train.py: {error}", file=sys.stderr, flush=True)  # NCCL: that, or its reason
         os._exit(LOST)  # the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
