@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The runs behind the published tables, and 6 open ones (98; some 30 hours on two cores), two at a
+# The runs behind the published tables (98; some 30 hours on two cores), two at a
 # time. Interrupt it as you like: started again, it goes on. (The published slow, stitched-slow,
-# stitched-no-kl, all, step, format and L4-more-ppo began from agents trained again.)
+# stitched-no-kl, all, step, format, L4-more-ppo and L20-ppo began from agents trained again.)
 #
 #     bash experiments/sweep.sh runs
 #     python experiments/tables.py runs/L4*-seed-? --plot assets/scaling.png
