@@ -179,7 +179,8 @@ class Cache:
 
     def rollback(self, rows):
         """Forget all but the prompt in some rows, a list of their numbers."""
-        rows = torch.tensor(rows, dtype=torch.long, device=self.n.device)  # copied once
+        # Indexing with the list itself would copy it to a GPU four times.
+        rows = torch.tensor(rows, dtype=torch.long, device=self.n.device)
         self.n[rows] = self.prompt_n[rows]
         self.tail[:, rows] = self.prompt_tail[:, rows]
 

@@ -646,7 +646,7 @@ def main(argv):
         if "gloo/transport" not in str(error):  # else another process is gone
             if not isinstance(error, dist.DistError):
                 raise
-            print(f"train.py: {error}", file=sys.stderr, flush=True)  # NCCL: that, or its reason
+            print(f"train.py: {error}", file=sys.stderr, flush=True)  # NCCL's reason
         os._exit(LOST)  # the launcher says so
     if dist.is_initialized():
         dist.destroy_process_group()
